@@ -1,1 +1,28 @@
+"""Attention operators of visattn as functions: one layout, several backends.
 
+Every operator takes heads-last tensors ``(B, H, W, heads, dim)``, validates its arguments, and picks a backend
+(see :mod:`visattn_kernels.backend`). Importing this package needs torch only; Triton is imported when a Triton kernel
+is first used.
+"""
+
+from . import flops as _flops  # registers FLOP formulas that torch lacks
+from .backend import available_backends, use_backend
+from .bi_level_routing import (
+    bi_level_routing_attention,
+    pool_regions,
+    region_descriptors,
+    region_routing,
+    topk_routing,
+)
+
+__all__ = [
+    "available_backends",
+    "bi_level_routing_attention",
+    "pool_regions",
+    "region_descriptors",
+    "region_routing",
+    "topk_routing",
+    "use_backend",
+]
+
+del _flops

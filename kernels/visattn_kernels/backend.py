@@ -1,0 +1,78 @@
+"""Which implementation runs an operator: names, override, and the rule of choice.
+
+``backend=None`` means: what :func:`use_backend` or the environment variable ``VISATTN_BACKEND`` says, else ``triton``
+where the operator's kernel can run, else ``reference``. A backend asked for by name never falls back to another.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("reference", "recompute", "triton")
+"""``reference``: plain torch, any device and dtype, differentiable to any order, exportable; the specification.
+``recompute``: the registered operator with plain torch kernels; keeps only inputs, output and log-sum-exp for backward.
+``triton``: the registered operator with fused GPU kernels."""
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}={name!r} is not a backend; use one of {', '.join(BACKENDS)}")
+    return name
+
+
+_override: str | None = os.environ.get("VISATTN_BACKEND") or None
+if _override is not None:
+    _check_name(_override, "environment variable VISATTN_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Make every operator called without ``backend`` use `name` inside the ``with`` block.
+
+    Args:
+        name: One of :data:`BACKENDS`; None restores the automatic choice.
+
+    Raises:
+        ValueError: `name` is not a backend.
+    """
+    global _override
+    if name is not None:
+        _check_name(name, "name")
+    previous, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def must_stay_plain() -> bool:
+    """Whether the caller is being exported or traced, where an opaque operator would not survive."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def select_backend(op: str, requested: str | None, why_not_triton: Callable[[], str | None]) -> str:
+    """Name of the backend that runs `op`.
+
+    Args:
+        op: Operator name for messages.
+        requested: The caller's ``backend`` argument.
+        why_not_triton: Returns the first condition that keeps the Triton kernel from running, or None.
+
+    Raises:
+        ValueError: Unknown name, or a backend asked for by name cannot run; the message names the condition.
+    """
+    name = _check_name(requested, "backend") if requested is not None else _override
+    if name is None:
+        return "reference" if must_stay_plain() or why_not_triton() is not None else "triton"
+    if name == "triton":
+        reason = why_not_triton()
+        if reason is not None:
+            raise ValueError(f"backend='triton' cannot run {op}: {reason}; use backend=None or 'reference'")
+    return name
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names accepted as ``backend`` by every operator; whether one can run depends on the call."""
+    return BACKENDS

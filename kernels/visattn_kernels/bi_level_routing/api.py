@@ -1,0 +1,309 @@
+"""Public functions of bi-level routing attention: validation, geometry, choice of backend."""
+
+import torch
+from torch import Tensor
+
+from ..backend import select_backend
+from ..checks import check_map, check_same, to_pair
+from . import reference
+from .ops import recompute_attention
+from .reference import bi_level_routing_attention as _reference_attention
+
+POOL_MODES = ("avg", "max", "adaptive_avg", "adaptive_max")
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _region_size(
+    x: Tensor, num_regions: tuple[int, int], region_size: int | tuple[int, int] | None, name: str
+) -> tuple[int, int]:
+    """Tokens per region: given, or the smallest that lets `num_regions` cover the map.
+
+    Raises:
+        ValueError: The regions do not cover the map.
+    """
+    H, W = x.shape[1], x.shape[2]
+    if region_size is None:
+        return _ceil_div(H, num_regions[0]), _ceil_div(W, num_regions[1])
+    size = to_pair(region_size, name)
+    for axis, tokens, n, s in zip("HW", (H, W), num_regions, size):
+        if n * s < tokens:
+            raise ValueError(
+                f"{name}={size} with {n} regions covers {n * s} of {tokens} tokens on axis {axis}; "
+                f"use at least {_ceil_div(tokens, n)} tokens or {_ceil_div(tokens, s)} regions"
+            )
+    return size
+
+
+def _check_pad(pad: Tensor | None, x: Tensor, name: str) -> None:
+    if pad is not None and tuple(pad.shape) != tuple(x.shape[3:]):
+        raise ValueError(f"{name} has shape {tuple(pad.shape)}; expected (heads, dim) = {tuple(x.shape[3:])}")
+
+
+def _check_topk(topk: int, regions: int) -> None:
+    if not 1 <= topk <= regions:
+        raise ValueError(f"topk={topk} must be between 1 and the number of key regions, {regions}")
+
+
+def region_descriptors(
+    x: Tensor,
+    num_regions: int | tuple[int, int],
+    *,
+    region_size: int | tuple[int, int] | None = None,
+    pad: Tensor | None = None,
+    count_padding: bool = True,
+) -> Tensor:
+    """Mean token of every region, the coarse level of the routing (BiFormer, eq. 4).
+
+    Args:
+        x: Map (B, H, W, heads, dim).
+        num_regions: Regions per axis (gh, gw); an int means both.
+        region_size: Tokens per region (rh, rw). Default: ceil(H / gh), ceil(W / gw).
+        pad: Value (heads, dim) of tokens outside the map. Default: zeros.
+        count_padding: Whether tokens outside the map take part in the mean.
+
+    Returns:
+        Descriptors (B, gh * gw, heads * dim), regions in row-major order, same dtype.
+
+    Raises:
+        ValueError: Shapes that do not fit; the message names the argument.
+        TypeError: Not a floating-point tensor, or sizes that are not ints.
+    """
+    check_map(x, "x")
+    _check_pad(pad, x, "pad")
+    num = to_pair(num_regions, "num_regions")
+    return reference.region_descriptors(x, num, _region_size(x, num, region_size, "region_size"), pad, count_padding)
+
+
+def topk_routing(q: Tensor, k: Tensor, topk: int, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The `topk` key regions with the highest affinity to every query region (BiFormer, eq. 5 and 6).
+
+    Args:
+        q: Query descriptors (B, R, C).
+        k: Key descriptors (B, Rk, C).
+        topk: Regions to keep, 1 to Rk.
+        scale: Factor of the affinities. It changes the weights, not the indices.
+
+    Returns:
+        Indices (B, R, topk) int64 by falling affinity, and weights (B, R, topk), the softmax of the kept affinities.
+
+    Raises:
+        ValueError: `topk` out of range, or shapes, devices or dtypes that differ.
+    """
+    if q.ndim != 3 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, R, C) with equal B and C")
+    check_same(q, "q", k=k)
+    _check_topk(topk, k.shape[1])
+    return reference.topk_routing(q, k, topk, scale)
+
+
+def region_routing(
+    q: Tensor,
+    k: Tensor,
+    num_regions: int | tuple[int, int],
+    topk: int,
+    *,
+    region_size: int | tuple[int, int] | None = None,
+    pad_q: Tensor | None = None,
+    pad_k: Tensor | None = None,
+    count_padding: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Route every region of queries to `topk` regions of keys: descriptors, affinity, top-k in one call.
+
+    Args:
+        q: Queries (B, H, W, heads, dim).
+        k: Keys, same shape as `q`.
+        num_regions: Regions per axis (gh, gw); an int means both.
+        topk: Regions to keep per query region, 1 to gh * gw. One choice serves all heads.
+        region_size: Tokens per region (rh, rw). Default: ceil(H / gh), ceil(W / gw).
+        pad_q: Value (heads, dim) of queries outside the map. Default: zeros.
+        pad_k: Value (heads, dim) of keys outside the map. Default: zeros.
+        count_padding: Whether tokens outside the map take part in the region means.
+        scale: Factor of the affinities. Default: (heads * dim) ** -0.5.
+
+    Returns:
+        Indices (B, gh * gw, topk) int64 by falling affinity, and their softmax weights, both row-major.
+
+    Raises:
+        ValueError: Shapes, devices, dtypes or sizes that do not fit; the message names the argument.
+        TypeError: Not floating-point tensors, or sizes that are not ints.
+    """
+    check_map(q, "q")
+    check_same(q, "q", k=k)
+    if q.shape != k.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)}; expected the shape of q, {tuple(q.shape)}")
+    num = to_pair(num_regions, "num_regions")
+    _check_topk(topk, num[0] * num[1])
+    scale = (q.shape[3] * q.shape[4]) ** -0.5 if scale is None else scale
+    means = [
+        region_descriptors(x, num, region_size=region_size, pad=pad, count_padding=count_padding)
+        for x, pad in ((q, pad_q), (k, pad_k))
+    ]
+    return topk_routing(means[0], means[1], topk, scale=scale)
+
+
+def pool_regions(
+    x: Tensor,
+    num_regions: int | tuple[int, int],
+    mode: str,
+    pool_size: int | tuple[int, int],
+    *,
+    region_size: int | tuple[int, int] | None = None,
+    pad: Tensor | None = None,
+) -> Tensor:
+    """Pool keys or values inside every region, so that a routed region offers fewer tokens.
+
+    Args:
+        x: Map (B, H, W, heads, dim).
+        num_regions: Regions per axis (gh, gw); an int means both.
+        mode: ``avg`` or ``max`` (windows of `pool_size` tokens, remainders dropped), ``adaptive_avg`` or
+            ``adaptive_max`` (`pool_size` tokens out of every region).
+        pool_size: Window or result size, by `mode`.
+        region_size: Tokens per region (rh, rw). Default: ceil(H / gh), ceil(W / gw).
+        pad: Value (heads, dim) of tokens outside the map. Default: zeros.
+
+    Returns:
+        Map (B, gh * ph, gw * pw, heads, dim) with (ph, pw) tokens left in every region.
+
+    Raises:
+        ValueError: Unknown mode, a window larger than a region, or shapes that do not fit.
+        TypeError: Not a floating-point tensor, or sizes that are not ints.
+    """
+    check_map(x, "x")
+    _check_pad(pad, x, "pad")
+    if mode not in POOL_MODES:
+        raise ValueError(f"mode={mode!r} is not a pooling mode; use one of {', '.join(POOL_MODES)}")
+    num, pool = to_pair(num_regions, "num_regions"), to_pair(pool_size, "pool_size")
+    size = _region_size(x, num, region_size, "region_size")
+    if not mode.startswith("adaptive") and (pool[0] > size[0] or pool[1] > size[1]):
+        raise ValueError(f"pool_size={pool} exceeds the region of {size[0]}x{size[1]} tokens")
+    return reference.pool_regions(x, num, size, pad, mode, pool)
+
+
+def _check_indices(indices: Tensor, q: Tensor, regions: int, kv_regions: int) -> None:
+    B, heads = q.shape[0], q.shape[3]
+    shared, per_head = (B, regions), (B, heads, regions)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices has dtype {indices.dtype}; expected int32 or int64")
+    if indices.device != q.device:
+        raise ValueError(f"indices is on {indices.device} but q is on {q.device}; use one device")
+    if indices.ndim not in (3, 4) or tuple(indices.shape[:-1]) not in (shared, per_head):
+        raise ValueError(
+            f"indices has shape {tuple(indices.shape)}; expected (B, R, topk) = {(*shared, 'topk')} "
+            f"or (B, heads, R, topk) = {(*per_head, 'topk')}"
+        )
+    _check_topk(indices.shape[-1], kv_regions)
+    # Reading values needs concrete memory, and costs a synchronisation on a GPU.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or indices.device.type != "cpu" or not indices.numel():
+        return
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= kv_regions:
+        raise ValueError(f"indices has entries from {low} to {high}; allowed are 0 to {kv_regions - 1}")
+
+
+def _why_not_triton() -> str | None:
+    return "this version has no Triton kernel for it"
+
+
+def bi_level_routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    num_regions: tuple[int, int],
+    scale: float | None = None,
+    weights: Tensor | None = None,
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
+    region_size: tuple[int, int] | None = None,
+    kv_num_regions: tuple[int, int] | None = None,
+    kv_region_size: tuple[int, int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of every query to the tokens of the key regions that its own region is routed to (BiFormer, eq. 7, 8).
+
+    The query map is cut into gh x gw regions of rh x rw tokens, row-major; the last ones may reach over the bottom and
+    right border. Keys outside the map are not masked: they take part with the values `pad_k`, `pad_v`.
+
+    Args:
+        q: Queries (B, H, W, heads, dim). Strided views are fine.
+        k: Keys (B, Hk, Wk, heads, dim).
+        v: Values (B, Hk, Wk, heads, dim_v).
+        indices: Key regions of every query region, (B, gh * gw, topk) for all heads or (B, heads, gh * gw, topk);
+            int32 or int64. No gradient.
+        num_regions: Regions per axis (gh, gw); an int means both.
+        scale: Factor of the logits. Default: dim ** -0.5.
+        weights: Factor of the keys and the values of every routed region, shaped as `indices` (soft routing).
+        pad_k: Value (heads, dim) of keys outside the map. Default: zeros.
+        pad_v: Value (heads, dim_v) of values outside the map. Default: zeros.
+        region_size: Query tokens per region (rh, rw). Default: ceil(H / gh), ceil(W / gw).
+        kv_num_regions: Key regions per axis. Default: `num_regions`.
+        kv_region_size: Key tokens per region. Default: `region_size` for maps of equal size, else
+            ceil(Hk / gh), ceil(Wk / gw).
+        backend: ``reference``, ``recompute``, ``triton`` or None for the automatic choice; see
+            :mod:`visattn_kernels.backend`.
+
+    Returns:
+        Output (B, H, W, heads, dim_v).
+
+    Raises:
+        ValueError: Shapes, devices, dtypes, sizes or indices that do not fit, or a backend that cannot run; the message
+            names the argument.
+        TypeError: Tensors of the wrong kind, or sizes that are not ints.
+    """
+    if torch.jit.is_scripting():
+        # The scripted path knows the geometry that the layers pass; the checks need Python.
+        assert region_size is not None
+        return _reference_attention(
+            q,
+            k,
+            v,
+            indices,
+            weights,
+            pad_k,
+            pad_v,
+            num_regions,
+            region_size,
+            num_regions if kv_num_regions is None else kv_num_regions,
+            region_size if kv_region_size is None else kv_region_size,
+            q.shape[-1] ** -0.5 if scale is None else scale,
+        )
+    else:
+        return _checked_attention(
+            q, k, v, indices, num_regions, scale, weights, pad_k, pad_v, region_size, kv_num_regions, kv_region_size,
+            backend,
+        )  # fmt: skip
+
+
+def _checked_attention(  # type: ignore[no-untyped-def]
+    q, k, v, indices, num_regions, scale, weights, pad_k, pad_v, region_size, kv_num_regions, kv_region_size, backend
+) -> Tensor:
+    for x, name in ((q, "q"), (k, "k"), (v, "v")):
+        check_map(x, name)
+    check_same(q, "q", k=k, v=v)
+    if k.shape[0] != q.shape[0] or k.shape[3:] != q.shape[3:]:
+        raise ValueError(f"k has shape {tuple(k.shape)}; expected batch, heads and dim of q, {tuple(q.shape)}")
+    if v.shape[:4] != k.shape[:4]:
+        raise ValueError(f"v has shape {tuple(v.shape)}; expected batch, map and heads of k, {tuple(k.shape)}")
+    _check_pad(pad_k, k, "pad_k")
+    _check_pad(pad_v, v, "pad_v")
+    num = to_pair(num_regions, "num_regions")
+    size = _region_size(q, num, region_size, "region_size")
+    kv_num = num if kv_num_regions is None else to_pair(kv_num_regions, "kv_num_regions")
+    if kv_region_size is None and k.shape[1:3] == q.shape[1:3] and kv_num == num:
+        kv_size = size
+    else:
+        kv_size = _region_size(k, kv_num, kv_region_size, "kv_region_size")
+    _check_indices(indices, q, num[0] * num[1], kv_num[0] * kv_num[1])
+    if weights is not None and weights.shape != indices.shape:
+        raise ValueError(f"weights has shape {tuple(weights.shape)}; expected the shape of indices, {tuple(indices.shape)}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    run = _BACKENDS[select_backend("bi_level_routing_attention", backend, _why_not_triton)]
+    return run(q, k, v, indices, weights, pad_k, pad_v, num, size, kv_num, kv_size, scale)
+
+
+_BACKENDS = {"reference": _reference_attention, "recompute": recompute_attention}

@@ -1,0 +1,220 @@
+"""Registered operators of bi-level routing attention: schemas, fake kernels, autograd, FLOP formulas.
+
+``visattn::bra_fwd`` and ``visattn::bra_bwd`` have plain torch kernels for every device, written as a fused kernel
+works: log-sum-exp saved instead of probabilities, probabilities recomputed in backward, one slice of query regions at
+a time, gradients of keys summed without float atomics. A device kernel registered for the same operators replaces them.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .reference import from_regions, gather_regions, to_regions
+
+_GEOMETRY = "SymInt[] num_regions, SymInt[] region_size, SymInt[] kv_num_regions, SymInt[] kv_region_size, float scale"
+torch.library.define(
+    "visattn::bra_fwd",
+    f"(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? weights, Tensor? pad_k, Tensor? pad_v, {_GEOMETRY})"
+    " -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "visattn::bra_bwd",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor indices, Tensor? weights,"
+    f" Tensor? pad_k, Tensor? pad_v, {_GEOMETRY})"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_weights, Tensor grad_pad_k, Tensor grad_pad_v)",
+)
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _slices(indices: Tensor, kv_regions: int) -> list[slice]:
+    """Slices of query regions whose gathered keys are no larger than all keys."""
+    regions, topk = indices.shape[-2], indices.shape[-1]
+    step = max(1, kv_regions // max(1, topk))
+    return [slice(start, start + step) for start in range(0, regions, step)]
+
+
+def _per_head(x: Tensor | None) -> Tensor | None:
+    return x[:, None] if x is not None and x.dim() == 3 else x
+
+
+def _add_rows(table: Tensor, rows: Tensor, values: Tensor) -> None:
+    """``table[rows] += values`` in an order that does not vary: index_add is serial per row on a CPU, index_put sorts
+    on a GPU, and the other way round neither is deterministic."""
+    if table.is_cuda:
+        table.index_put_((rows,), values, accumulate=True)
+    else:
+        table.index_add_(0, rows, values)
+
+
+def _split_pad(grad: Tensor, map_size: tuple[int, int], pad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradient of a padded map (B, Hp, Wp, heads, dim) as the gradients of the map and of its padding value."""
+    H, W = map_size
+    inside = grad[:, :H, :W].contiguous()
+    if pad is None:
+        return inside, grad.new_empty(0)
+    return inside, grad[:, H:].sum(dim=(0, 1, 2)) + grad[:, :H, W:].sum(dim=(0, 1, 2))
+
+
+def _forward(
+    q, k, v, indices, weights, pad_k, pad_v, num_regions, region_size, kv_num_regions, kv_region_size, scale
+) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    map_size, dtype, work = (q.shape[1], q.shape[2]), q.dtype, _accumulation_dtype(q)
+    q = to_regions(q, num_regions, region_size, None)
+    k = to_regions(k, kv_num_regions, kv_region_size, pad_k)
+    v = to_regions(v, kv_num_regions, kv_region_size, pad_v)
+    indices, weights = _per_head(indices), _per_head(weights)
+    B, heads, regions, r, dim = q.shape
+    out = q.new_empty(B * heads, regions, r, v.shape[-1])
+    lse = q.new_empty(B * heads, regions, r, dtype=work)
+    for part in _slices(indices, k.shape[2]):
+        factor = None if weights is None else weights[:, :, part]
+        keys = gather_regions(k, indices[:, :, part], factor).to(work)
+        values = gather_regions(v, indices[:, :, part], factor).to(work)
+        logits = scale * (q[:, :, part].reshape(B * heads, -1, r, dim).to(work) @ keys.transpose(-2, -1))
+        lse[:, part] = logits.logsumexp(-1)
+        out[:, part] = ((logits - lse[:, part, :, None]).exp() @ values).to(dtype)
+    out = from_regions(out.reshape(B, heads, regions, r, -1), num_regions, region_size, map_size)
+    lse = from_regions(lse.reshape(B, heads, regions, r, 1), num_regions, region_size, map_size)[..., 0]
+    return out.contiguous(), lse.contiguous()
+
+
+def _backward(
+    grad_out, q, k, v, out, lse, indices, weights, pad_k, pad_v,
+    num_regions, region_size, kv_num_regions, kv_region_size, scale,
+) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def] # fmt: skip
+    map_size, kv_map_size, work = (q.shape[1], q.shape[2]), (k.shape[1], k.shape[2]), _accumulation_dtype(q)
+    kv_padded = (kv_num_regions[0] * kv_region_size[0], kv_num_regions[1] * kv_region_size[1])
+    delta = (grad_out.to(work) * out.to(work)).sum(-1, keepdim=True)  # (B, H, W, heads, 1)
+    tiles = [to_regions(x, num_regions, region_size, None) for x in (q, grad_out, lse[..., None], delta)]
+    B, heads, regions, r, dim = tiles[0].shape
+    qs, grads, lses, deltas = (x.reshape(B * heads, regions, r, -1).to(work) for x in tiles)
+    ks = to_regions(k, kv_num_regions, kv_region_size, pad_k)
+    vs = to_regions(v, kv_num_regions, kv_region_size, pad_v)
+    indices, factors = _per_head(indices), _per_head(weights)
+    kv_regions, t, topk = ks.shape[2], ks.shape[3], indices.shape[-1]
+    dq = torch.empty_like(qs)
+    dk = qs.new_zeros(B * heads * kv_regions, t * dim)
+    dv = qs.new_zeros(B * heads * kv_regions, t * vs.shape[-1])
+    dw = None if factors is None else qs.new_empty(B, heads, regions, topk)
+    first_row = kv_regions * torch.arange(B * heads, device=q.device).reshape(B, heads, 1, 1)
+    for part in _slices(indices, kv_regions):
+        picked = indices[:, :, part]
+        factor = None if factors is None else factors[:, :, part]
+        keys = gather_regions(ks, picked, factor).to(work)
+        values = gather_regions(vs, picked, factor).to(work)
+        p = (scale * (qs[:, part] @ keys.transpose(-2, -1)) - lses[:, part]).exp()
+        ds = p * (grads[:, part] @ values.transpose(-2, -1) - deltas[:, part])
+        dq[:, part] = scale * (ds @ keys)
+        dkeys = scale * (ds.transpose(-2, -1) @ qs[:, part])  # (B * heads, Q, topk * t, dim)
+        dvalues = p.transpose(-2, -1) @ grads[:, part]
+        rows = (picked + first_row).reshape(-1)
+        dkeys, dvalues = dkeys.reshape(rows.numel(), -1), dvalues.reshape(rows.numel(), -1)
+        if factor is not None:
+            plain_keys = gather_regions(ks, picked, None).to(work).reshape(dkeys.shape)
+            plain_values = gather_regions(vs, picked, None).to(work).reshape(dvalues.shape)
+            dw[:, :, part] = ((dkeys * plain_keys).sum(-1) + (dvalues * plain_values).sum(-1)).reshape(
+                B, heads, -1, topk
+            )
+            column = factor.to(work).expand(B, heads, -1, -1).reshape(-1, 1)
+            dkeys, dvalues = dkeys * column, dvalues * column
+        _add_rows(dk, rows, dkeys)
+        _add_rows(dv, rows, dvalues)
+    dq_map = from_regions(dq.reshape(B, heads, regions, r, dim), num_regions, region_size, map_size)
+    full = [
+        from_regions(x.reshape(B, heads, kv_regions, t, -1), kv_num_regions, kv_region_size, kv_padded)
+        for x in (dk, dv)
+    ]
+    dk_map, dpad_k = _split_pad(full[0], kv_map_size, pad_k)
+    dv_map, dpad_v = _split_pad(full[1], kv_map_size, pad_v)
+    if weights is None:
+        dweights = q.new_empty(0)
+    else:
+        dweights = (dw.sum(dim=1) if weights.dim() == 3 else dw).to(weights.dtype)
+    return (
+        dq_map.to(q.dtype).contiguous(),
+        dk_map.to(k.dtype),
+        dv_map.to(v.dtype),
+        dweights,
+        dpad_k.to(q.dtype if pad_k is None else pad_k.dtype),
+        dpad_v.to(q.dtype if pad_v is None else pad_v.dtype),
+    )
+
+
+torch.library.impl("visattn::bra_fwd", "CompositeExplicitAutograd", _forward)
+torch.library.impl("visattn::bra_bwd", "CompositeExplicitAutograd", _backward)
+
+
+@torch.library.register_fake("visattn::bra_fwd")
+def _(q, k, v, indices, weights, pad_k, pad_v, *geometry):  # type: ignore[no-untyped-def]
+    return q.new_empty(*q.shape[:4], v.shape[-1]), q.new_empty(q.shape[:4], dtype=_accumulation_dtype(q))
+
+
+@torch.library.register_fake("visattn::bra_bwd")
+def _(grad_out, q, k, v, out, lse, indices, weights, pad_k, pad_v, *geometry):  # type: ignore[no-untyped-def]
+    def like(x):  # type: ignore[no-untyped-def]
+        return q.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return like(q), like(k), like(v), like(weights), like(pad_k), like(pad_v)
+
+
+_fwd = torch.ops.visattn.bra_fwd.default
+_bwd = torch.ops.visattn.bra_bwd.default
+
+
+def _count(q_shape, k_shape, v_shape, indices_shape, num_regions, region_size, kv_region_size, qk, pv) -> int:  # type: ignore[no-untyped-def]
+    """FLOPs of `qk` products over dim and `pv` products over dim_v for every query, padded ones included, and key."""
+    queries = q_shape[0] * q_shape[3] * num_regions[0] * num_regions[1] * region_size[0] * region_size[1]
+    keys = indices_shape[-1] * kv_region_size[0] * kv_region_size[1]
+    return 2 * queries * keys * (qk * q_shape[-1] + pv * v_shape[-1])
+
+
+@register_flop_formula(torch.ops.visattn.bra_fwd)
+def _(q, k, v, indices, weights, pad_k, pad_v, num, size, kv_num, kv_size, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return _count(q, k, v, indices, num, size, kv_size, 1, 1)
+
+
+@register_flop_formula(torch.ops.visattn.bra_bwd)
+def _(g, q, k, v, out, lse, indices, weights, pad_k, pad_v, num, size, kv_num, kv_size, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return _count(q, k, v, indices, num, size, kv_size, 3, 2)
+
+
+class _BiLevelRoutingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, indices, weights, pad_k, pad_v, *geometry):  # type: ignore[no-untyped-def]
+        out, lse = _fwd(q, k, v, indices, weights, pad_k, pad_v, *geometry)
+        ctx.save_for_backward(q, k, v, out, lse, indices, weights, pad_k, pad_v)
+        ctx.geometry = geometry
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        q, k, v, out, lse, indices, weights, pad_k, pad_v = ctx.saved_tensors
+        dq, dk, dv, dw, dpk, dpv = _bwd(
+            grad_out, q, k, v, out, lse, indices, weights, pad_k, pad_v, *ctx.geometry
+        )
+        optional = [None if x is None else g for x, g in ((weights, dw), (pad_k, dpk), (pad_v, dpv))]
+        return (dq, dk, dv, None, *optional, *(None for _ in ctx.geometry))
+
+
+def recompute_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    weights: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    num_regions: tuple[int, int],
+    region_size: tuple[int, int],
+    kv_num_regions: tuple[int, int],
+    kv_region_size: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """The registered operator; arguments as the reference's. First-order gradients only."""
+    return _BiLevelRoutingAttention.apply(
+        q, k, v, indices, weights, pad_k, pad_v, num_regions, region_size, kv_num_regions, kv_region_size, scale
+    )

@@ -1,0 +1,49 @@
+"""Argument checks shared by the operators. Each message names the argument, its value and what is allowed."""
+
+import torch
+from torch import Tensor
+
+
+def to_pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+    """`value` as (height, width), both at least 1.
+
+    Raises:
+        TypeError: Not an int or a pair of ints.
+        ValueError: An entry below 1.
+    """
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(n, (int, torch.SymInt)) for n in pair):
+        raise TypeError(f"{name}={value!r} must be an int or a pair of ints (height, width)")
+    if pair[0] < 1 or pair[1] < 1:
+        raise ValueError(f"{name}={value!r} must be at least 1 on both axes")
+    return pair[0], pair[1]
+
+
+def check_map(x: Tensor, name: str) -> None:
+    """Check that `x` is a floating-point heads-last map (B, H, W, heads, dim).
+
+    Raises:
+        ValueError: Wrong number of dimensions or an empty spatial axis.
+        TypeError: Not a floating-point tensor.
+    """
+    if x.ndim != 5:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected 5 dimensions (B, H, W, heads, dim)")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point tensor")
+    if x.shape[1] < 1 or x.shape[2] < 1:
+        raise ValueError(f"{name} has an empty map, {x.shape[1]}x{x.shape[2]} tokens; H and W must be at least 1")
+
+
+def check_same(reference: Tensor, reference_name: str, **others: Tensor | None) -> None:
+    """Check that all tensors share the device and dtype of `reference`; None entries are skipped.
+
+    Raises:
+        ValueError: The first tensor that differs, by name.
+    """
+    for name, x in others.items():
+        if x is None:
+            continue
+        if x.device != reference.device:
+            raise ValueError(f"{name} is on {x.device} but {reference_name} is on {reference.device}; use one device")
+        if x.dtype != reference.dtype:
+            raise ValueError(f"{name} is {x.dtype} but {reference_name} is {reference.dtype}; use one dtype")
