@@ -1,4 +1,4 @@
-"""Bi-level routing attention (BiFormer, arXiv 2303.08810): coarse region routing, then attention to the routed regions."""
+"""Bi-level routing attention (BiFormer, arXiv 2303.08810): region routing, then attention to the routed regions."""
 
 from .api import bi_level_routing_attention, pool_regions, region_descriptors, region_routing, topk_routing
 

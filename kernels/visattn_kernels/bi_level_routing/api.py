@@ -7,7 +7,6 @@ from ..backend import select_backend
 from ..checks import check_map, check_same, to_pair
 from . import reference
 from .ops import recompute_attention
-from .reference import bi_level_routing_attention as _reference_attention
 
 POOL_MODES = ("avg", "max", "adaptive_avg", "adaptive_max")
 
@@ -50,8 +49,7 @@ def _check_topk(topk: int, regions: int) -> None:
 def region_descriptors(
     x: Tensor,
     num_regions: int | tuple[int, int],
-    *,
-    region_size: int | tuple[int, int] | None = None,
+    region_size: tuple[int, int] | None = None,
     pad: Tensor | None = None,
     count_padding: bool = True,
 ) -> Tensor:
@@ -71,13 +69,19 @@ def region_descriptors(
         ValueError: Shapes that do not fit; the message names the argument.
         TypeError: Not a floating-point tensor, or sizes that are not ints.
     """
-    check_map(x, "x")
-    _check_pad(pad, x, "pad")
-    num = to_pair(num_regions, "num_regions")
-    return reference.region_descriptors(x, num, _region_size(x, num, region_size, "region_size"), pad, count_padding)
+    if torch.jit.is_scripting():
+        assert not isinstance(num_regions, int)
+        assert region_size is not None
+        return reference.region_descriptors(x, num_regions, region_size, pad, count_padding)
+    else:
+        check_map(x, "x")
+        _check_pad(pad, x, "pad")
+        num = to_pair(num_regions, "num_regions")
+        size = _region_size(x, num, region_size, "region_size")
+        return reference.region_descriptors(x, num, size, pad, count_padding)
 
 
-def topk_routing(q: Tensor, k: Tensor, topk: int, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def topk_routing(q: Tensor, k: Tensor, topk: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """The `topk` key regions with the highest affinity to every query region (BiFormer, eq. 5 and 6).
 
     Args:
@@ -92,10 +96,11 @@ def topk_routing(q: Tensor, k: Tensor, topk: int, *, scale: float = 1.0) -> tupl
     Raises:
         ValueError: `topk` out of range, or shapes, devices or dtypes that differ.
     """
-    if q.ndim != 3 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, R, C) with equal B and C")
-    check_same(q, "q", k=k)
-    _check_topk(topk, k.shape[1])
+    if not torch.jit.is_scripting():
+        if q.ndim != 3 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+            raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, R, C) with equal B and C")
+        check_same(q, "q", k=k)
+        _check_topk(topk, k.shape[1])
     return reference.topk_routing(q, k, topk, scale)
 
 
@@ -104,8 +109,7 @@ def region_routing(
     k: Tensor,
     num_regions: int | tuple[int, int],
     topk: int,
-    *,
-    region_size: int | tuple[int, int] | None = None,
+    region_size: tuple[int, int] | None = None,
     pad_q: Tensor | None = None,
     pad_k: Tensor | None = None,
     count_padding: bool = True,
@@ -131,18 +135,22 @@ def region_routing(
         ValueError: Shapes, devices, dtypes or sizes that do not fit; the message names the argument.
         TypeError: Not floating-point tensors, or sizes that are not ints.
     """
-    check_map(q, "q")
-    check_same(q, "q", k=k)
-    if q.shape != k.shape:
-        raise ValueError(f"k has shape {tuple(k.shape)}; expected the shape of q, {tuple(q.shape)}")
-    num = to_pair(num_regions, "num_regions")
-    _check_topk(topk, num[0] * num[1])
     scale = (q.shape[3] * q.shape[4]) ** -0.5 if scale is None else scale
-    means = [
-        region_descriptors(x, num, region_size=region_size, pad=pad, count_padding=count_padding)
-        for x, pad in ((q, pad_q), (k, pad_k))
-    ]
-    return topk_routing(means[0], means[1], topk, scale=scale)
+    if torch.jit.is_scripting():
+        assert not isinstance(num_regions, int)
+        assert region_size is not None
+        return reference.region_routing(q, k, num_regions, topk, region_size, pad_q, pad_k, count_padding, scale)
+    else:
+        check_map(q, "q")
+        check_same(q, "q", k=k)
+        if q.shape != k.shape:
+            raise ValueError(f"k has shape {tuple(k.shape)}; expected the shape of q, {tuple(q.shape)}")
+        _check_pad(pad_q, q, "pad_q")
+        _check_pad(pad_k, k, "pad_k")
+        num = to_pair(num_regions, "num_regions")
+        _check_topk(topk, num[0] * num[1])
+        size = _region_size(q, num, region_size, "region_size")
+        return reference.region_routing(q, k, num, topk, size, pad_q, pad_k, count_padding, scale)
 
 
 def pool_regions(
@@ -150,8 +158,7 @@ def pool_regions(
     num_regions: int | tuple[int, int],
     mode: str,
     pool_size: int | tuple[int, int],
-    *,
-    region_size: int | tuple[int, int] | None = None,
+    region_size: tuple[int, int] | None = None,
     pad: Tensor | None = None,
 ) -> Tensor:
     """Pool keys or values inside every region, so that a routed region offers fewer tokens.
@@ -172,15 +179,21 @@ def pool_regions(
         ValueError: Unknown mode, a window larger than a region, or shapes that do not fit.
         TypeError: Not a floating-point tensor, or sizes that are not ints.
     """
-    check_map(x, "x")
-    _check_pad(pad, x, "pad")
-    if mode not in POOL_MODES:
-        raise ValueError(f"mode={mode!r} is not a pooling mode; use one of {', '.join(POOL_MODES)}")
-    num, pool = to_pair(num_regions, "num_regions"), to_pair(pool_size, "pool_size")
-    size = _region_size(x, num, region_size, "region_size")
-    if not mode.startswith("adaptive") and (pool[0] > size[0] or pool[1] > size[1]):
-        raise ValueError(f"pool_size={pool} exceeds the region of {size[0]}x{size[1]} tokens")
-    return reference.pool_regions(x, num, size, pad, mode, pool)
+    if torch.jit.is_scripting():
+        assert not isinstance(num_regions, int)
+        assert not isinstance(pool_size, int)
+        assert region_size is not None
+        return reference.pool_regions(x, num_regions, region_size, pad, mode, pool_size)
+    else:
+        check_map(x, "x")
+        _check_pad(pad, x, "pad")
+        if mode not in POOL_MODES:
+            raise ValueError(f"mode={mode!r} is not a pooling mode; use one of {', '.join(POOL_MODES)}")
+        num, pool = to_pair(num_regions, "num_regions"), to_pair(pool_size, "pool_size")
+        size = _region_size(x, num, region_size, "region_size")
+        if not mode.startswith("adaptive") and (pool[0] > size[0] or pool[1] > size[1]):
+            raise ValueError(f"pool_size={pool} exceeds the region of {size[0]}x{size[1]} tokens")
+        return reference.pool_regions(x, num, size, pad, mode, pool)
 
 
 def _check_indices(indices: Tensor, q: Tensor, regions: int, kv_regions: int) -> None:
@@ -213,7 +226,7 @@ def bi_level_routing_attention(
     k: Tensor,
     v: Tensor,
     indices: Tensor,
-    num_regions: tuple[int, int],
+    num_regions: int | tuple[int, int],
     scale: float | None = None,
     weights: Tensor | None = None,
     pad_k: Tensor | None = None,
@@ -255,9 +268,10 @@ def bi_level_routing_attention(
         TypeError: Tensors of the wrong kind, or sizes that are not ints.
     """
     if torch.jit.is_scripting():
-        # The scripted path knows the geometry that the layers pass; the checks need Python.
+        # The checks need Python; a scripted caller spells its geometry out.
+        assert not isinstance(num_regions, int)
         assert region_size is not None
-        return _reference_attention(
+        return reference.bi_level_routing_attention(
             q,
             k,
             v,
@@ -299,11 +313,13 @@ def _checked_attention(  # type: ignore[no-untyped-def]
         kv_size = _region_size(k, kv_num, kv_region_size, "kv_region_size")
     _check_indices(indices, q, num[0] * num[1], kv_num[0] * kv_num[1])
     if weights is not None and weights.shape != indices.shape:
-        raise ValueError(f"weights has shape {tuple(weights.shape)}; expected the shape of indices, {tuple(indices.shape)}")
+        raise ValueError(
+            f"weights has shape {tuple(weights.shape)}; expected the shape of indices, {tuple(indices.shape)}"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     run = _BACKENDS[select_backend("bi_level_routing_attention", backend, _why_not_triton)]
     return run(q, k, v, indices, weights, pad_k, pad_v, num, size, kv_num, kv_size, scale)
 
 
-_BACKENDS = {"reference": _reference_attention, "recompute": recompute_attention}
+_BACKENDS = {"reference": reference.bi_level_routing_attention, "recompute": recompute_attention}

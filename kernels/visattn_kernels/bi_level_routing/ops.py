@@ -193,9 +193,7 @@ class _BiLevelRoutingAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         q, k, v, out, lse, indices, weights, pad_k, pad_v = ctx.saved_tensors
-        dq, dk, dv, dw, dpk, dpv = _bwd(
-            grad_out, q, k, v, out, lse, indices, weights, pad_k, pad_v, *ctx.geometry
-        )
+        dq, dk, dv, dw, dpk, dpv = _bwd(grad_out, q, k, v, out, lse, indices, weights, pad_k, pad_v, *ctx.geometry)
         optional = [None if x is None else g for x, g in ((weights, dw), (pad_k, dpk), (pad_v, dpv))]
         return (dq, dk, dv, None, *optional, *(None for _ in ctx.geometry))
 

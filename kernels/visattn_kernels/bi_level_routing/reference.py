@@ -1,6 +1,6 @@
 """Plain torch bi-level routing attention: the specification of the operator.
 
-Any device, any floating-point dtype, differentiable to any order, scriptable and exportable. Shapes: B batch, (H, W) map,
+Any device, any floating-point dtype, differentiable to any order, scriptable, exportable. Shapes: B batch, (H, W) map,
 (gh, gw) regions per axis, R = gh * gw, (rh, rw) tokens per region, r = rh * rw, t key tokens per region, k = topk.
 """
 
@@ -70,6 +70,23 @@ def topk_routing(q: Tensor, k: Tensor, topk: int, scale: float) -> tuple[Tensor,
     return indices, values.softmax(dim=-1)
 
 
+def region_routing(
+    q: Tensor,
+    k: Tensor,
+    num_regions: tuple[int, int],
+    topk: int,
+    region_size: tuple[int, int],
+    pad_q: Tensor | None,
+    pad_k: Tensor | None,
+    count_padding: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Descriptors of both maps, then :func:`topk_routing`."""
+    q = region_descriptors(q, num_regions, region_size, pad_q, count_padding)
+    k = region_descriptors(k, num_regions, region_size, pad_k, count_padding)
+    return topk_routing(q, k, topk, scale)
+
+
 def pool_regions(
     x: Tensor,
     num_regions: tuple[int, int],
@@ -113,7 +130,7 @@ def gather_regions(tiles: Tensor, indices: Tensor, weights: Tensor | None) -> Te
 def attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor | None, scale: float, max_regions: int
 ) -> Tensor:
-    """Attention of query tiles (B, heads, Q, r, dim) to their routed key tiles, `max_regions` query regions at a time."""
+    """Attention of query tiles (B, heads, Q, r, dim) to their routed key tiles, `max_regions` regions at a time."""
     B, heads, Q, r, dim = q.shape
     queries = q.reshape(B * heads, Q, r, dim)
     outputs: list[Tensor] = []
