@@ -16,7 +16,7 @@ class GlobalAttention(nn.Module):
         qkv_bias: Bias in the projection to queries, keys and values.
         lepe: What the depthwise positional conv reads: ``none``, the module's ``input`` or the ``value``s. Its result
             is added before the output projection.
-        lepe_kernel_size: Kernel of that conv.
+        lepe_kernel_size: Kernel of that conv; 0 for none.
 
     Shape:
         (B, H, W, dim) -> (B, H, W, dim)
@@ -46,7 +46,7 @@ class GlobalAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = (
             nn.Conv2d(dim, dim, lepe_kernel_size, padding=lepe_kernel_size // 2, groups=dim, **dd)
-            if lepe != "none"
+            if lepe != "none" and lepe_kernel_size > 0
             else None
         )
         self.proj = nn.Linear(dim, dim, **dd)
