@@ -1,0 +1,37 @@
+"""Shared by all tests: import paths, and a closing summary of what passed against foreign judges."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+for folder in (TESTS, TESTS / "contract"):  # `from goldens.golden import ...`, `from runner import ...`
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the counts that a reader of the log looks for.
+
+    These are the lines that tests left with ``record_property("summary", line)``, and the number of golden cases: one
+    for each test that said ``record_property("golden", name)``.
+    """
+    lines: list[str] = []
+    goldens: Counter[str] = Counter()
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            properties = dict(getattr(report, "user_properties", ()))
+            if "summary" in properties:
+                lines.append(str(properties["summary"]))
+            goldens[outcome] += "golden" in properties
+    if goldens.total():
+        counts = ", ".join(f"{goldens[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+        lines.append(f"golden cases: {counts}")
+    if lines:
+        terminalreporter.section("contract and parity")
+        for line in sorted(lines):
+            terminalreporter.line(line)

@@ -1,0 +1,97 @@
+# Sourced by quickstart.sh and test.sh: finds or makes the Python environment and sets PYTHON to its interpreter.
+#
+#   use_environment "$@"    takes --no-venv out of the arguments; what is left stands in ARGS
+#
+# Without --no-venv: `.venv` is created when absent and brought to the pins of requirements/dev.txt, only when they, the
+# project file or the interpreter changed since the last time. With it: the active environment is used as it is;
+# nothing is installed, and what is missing is named.
+
+set -Eeuo pipefail
+trap 'echo "error: ${BASH_SOURCE[0]##*/}:$LINENO: \"$BASH_COMMAND\" failed" >&2' ERR
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$ROOT"
+export NO_ALBUMENTATIONS_UPDATE=1 # importing albumentations would otherwise ask the network for its newest version
+
+say() { printf '\n== %s\n' "$*"; }
+die() {
+    printf 'error: %s\n' "$@" >&2
+    exit 1
+}
+
+is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.10 python; do
+        if is_recent "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    die "no Python >= 3.10 on the PATH (python3 is: $(python3 --version 2>&1 || true))." \
+        "Remedy: install one, or name one: PYTHON=/path/to/python3 bash tools/..."
+}
+
+make_venv() {
+    local base
+    base=$(find_python)
+    say "creating .venv with $("$base" --version) ($base)"
+    rm -rf .venv
+    if ! "$base" -m venv .venv; then
+        rm -rf .venv
+        die "$base cannot create a virtual environment." \
+            "Remedy: on Debian and Ubuntu, apt-get install python3-venv; or activate an environment that has the" \
+            "packages of requirements/dev.txt and pass --no-venv."
+    fi
+}
+
+install_pins() {
+    local stamp=.venv/visattn-stamp wanted
+    wanted=$(cat requirements/dev.txt pyproject.toml <("$PYTHON" --version) <(pwd) | "$PYTHON" -c \
+        'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+    if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+        say "using .venv ($("$PYTHON" --version))"
+        return
+    fi
+    say "installing requirements/dev.txt and visattn into .venv (the first time takes some minutes)"
+    rm -f "$stamp"
+    if ! "$PYTHON" -m pip install --disable-pip-version-check --no-input --requirement requirements/dev.txt ||
+        ! "$PYTHON" -m pip install --disable-pip-version-check --no-input --no-deps --editable .; then
+        die "the packages could not be installed (see above)." \
+            "Remedy: check the network, pip's index settings and the free disk space, then run the command again."
+    fi
+    printf '%s\n' "$wanted" >"$stamp"
+}
+
+use_active() {
+    PYTHON=$(find_python)
+    say "using the active environment: $PYTHON ($("$PYTHON" --version))"
+    "$PYTHON" - <<'PY' || die "the active environment lacks packages." \
+        "Remedy: $PYTHON -m pip install -r requirements/dev.txt && $PYTHON -m pip install --no-deps -e ." \
+        "or leave --no-venv out."
+import importlib.util, sys
+needed = "torch torchvision timm numpy safetensors yaml sklearn matplotlib visattn visattn_kernels visattn_tools".split()
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+sys.exit(f"error: not installed: {', '.join(missing)}" if missing else 0)
+PY
+}
+
+use_environment() {
+    local venv=1 argument
+    ARGS=()
+    for argument in "$@"; do
+        if [[ $argument == --no-venv ]]; then venv=0; else ARGS+=("$argument"); fi
+    done
+    if ((venv)); then
+        if ! .venv/bin/python -m pip --version >/dev/null 2>&1 || ! is_recent .venv/bin/python; then
+            make_venv
+        fi
+        PYTHON=$ROOT/.venv/bin/python
+        install_pins
+    else
+        use_active
+    fi
+    PATH=$(dirname "$PYTHON"):$PATH
+    export PATH
+}

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The main job, from nothing: trains a small BiFormer on scikit-learn's handwritten digits and uses the saved file.
+#
+#   bash tools/quickstart.sh [--no-venv] [arguments of tools/train.py]
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+use_environment "$@"
+
+say "training: python tools/train.py --config configs/quickstart.yaml ${ARGS[*]-}"
+"$PYTHON" tools/train.py --config configs/quickstart.yaml ${ARGS[@]+"${ARGS[@]}"}
