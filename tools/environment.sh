@@ -4,18 +4,21 @@
 #
 # Without --no-venv: `.venv` is created when absent and brought to the pins of requirements/dev.txt, only when they, the
 # project file or the interpreter changed since the last time. With it: the active environment is used as it is;
-# nothing is installed, and what is missing is named.
+# nothing is installed, and what is missing is named. A script that needs more than the zoo adds its imports to NEEDED.
 
 set -Eeuo pipefail
-trap 'echo "error: ${BASH_SOURCE[0]##*/}:$LINENO: \"$BASH_COMMAND\" failed" >&2' ERR
+trap 'echo "error: ${BASH_SOURCE[0]##*/}, line $LINENO, failed: $BASH_COMMAND" >&2' ERR
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 export NO_ALBUMENTATIONS_UPDATE=1 # importing albumentations would otherwise ask the network for its newest version
 
+NEEDED=(torch torchvision timm numpy safetensors yaml sklearn matplotlib visattn visattn_kernels visattn_tools)
+
 say() { printf '\n== %s\n' "$*"; }
-die() {
-    printf 'error: %s\n' "$@" >&2
+die() { # the first line says what is wrong, the others what to do
+    printf 'error: %s\n' "$1" >&2
+    printf '%s\n' "${@:2}" >&2
     exit 1
 }
 
@@ -23,6 +26,9 @@ is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/
 
 find_python() {
     local candidate
+    if [[ -n ${PYTHON:-} ]] && ! is_recent "$PYTHON"; then
+        die "PYTHON=$PYTHON is no Python >= 3.10." "Remedy: name another, or unset it."
+    fi
     for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.10 python; do
         if is_recent "$candidate"; then
             command -v "$candidate"
@@ -30,20 +36,26 @@ find_python() {
         fi
     done
     die "no Python >= 3.10 on the PATH (python3 is: $(python3 --version 2>&1 || true))." \
-        "Remedy: install one, or name one: PYTHON=/path/to/python3 bash tools/..."
+        "Remedy: install one, or name one: PYTHON=/path/to/python3 bash $0"
 }
 
 make_venv() {
     local base
+    if [[ -e .venv && ! -e .venv/visattn-unfinished ]]; then
+        die ".venv is there but has no working pip with Python >= 3.10, and it was not left so by this script." \
+            "Remedy: remove it (rm -r .venv), or activate it and pass --no-venv."
+    fi
     base=$(find_python)
     say "creating .venv with $("$base" --version) ($base)"
     rm -rf .venv
+    mkdir .venv && touch .venv/visattn-unfinished
     if ! "$base" -m venv .venv; then
         rm -rf .venv
         die "$base cannot create a virtual environment." \
             "Remedy: on Debian and Ubuntu, apt-get install python3-venv; or activate an environment that has the" \
             "packages of requirements/dev.txt and pass --no-venv."
     fi
+    rm .venv/visattn-unfinished
 }
 
 install_pins() {
@@ -67,14 +79,13 @@ install_pins() {
 use_active() {
     PYTHON=$(find_python)
     say "using the active environment: $PYTHON ($("$PYTHON" --version))"
-    "$PYTHON" - <<'PY' || die "the active environment lacks packages." \
+    "$PYTHON" -c '
+import importlib.util, sys
+missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
+sys.exit("not installed: " + ", ".join(missing) if missing else 0)
+' "${NEEDED[@]}" || die "the active environment cannot be used." \
         "Remedy: $PYTHON -m pip install -r requirements/dev.txt && $PYTHON -m pip install --no-deps -e ." \
         "or leave --no-venv out."
-import importlib.util, sys
-needed = "torch torchvision timm numpy safetensors yaml sklearn matplotlib visattn visattn_kernels visattn_tools".split()
-missing = [name for name in needed if importlib.util.find_spec(name) is None]
-sys.exit(f"error: not installed: {', '.join(missing)}" if missing else 0)
-PY
 }
 
 use_environment() {
@@ -84,7 +95,8 @@ use_environment() {
         if [[ $argument == --no-venv ]]; then venv=0; else ARGS+=("$argument"); fi
     done
     if ((venv)); then
-        if ! .venv/bin/python -m pip --version >/dev/null 2>&1 || ! is_recent .venv/bin/python; then
+        if [[ -e .venv/visattn-unfinished ]] || ! is_recent .venv/bin/python ||
+            ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
             make_venv
         fi
         PYTHON=$ROOT/.venv/bin/python

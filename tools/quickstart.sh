@@ -5,5 +5,10 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 use_environment "$@"
 
-say "training: python tools/train.py --config configs/quickstart.yaml ${ARGS[*]-}"
-"$PYTHON" tools/train.py --config configs/quickstart.yaml ${ARGS[@]+"${ARGS[@]}"}
+run=runs/quickstart
+
+say "training: python tools/train.py --config configs/quickstart.yaml --output $run ${ARGS[*]-}"
+"$PYTHON" tools/train.py --config configs/quickstart.yaml --output "$run" ${ARGS[@]+"${ARGS[@]}"}
+
+say "predicting with the saved file, in a new process"
+"$PYTHON" tools/predict.py --checkpoint "$run/checkpoints/best.safetensors" "$run/example.png"

@@ -5,14 +5,16 @@
 #   bash tools/test.sh -m "not contract" tests/layers      without timm's tests, one folder
 #   bash tools/test.sh -n 0 -x -k routing                  in one process, up to the first failure
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+NEEDED+=(pytest pytest_timeout xdist ruff mypy)
 use_environment "$@"
 
 say "ruff"
-"$PYTHON" -m ruff check .
-"$PYTHON" -m ruff format --check .
+"$PYTHON" -m ruff check . || die "ruff found faults." "Remedy: $PYTHON -m ruff check --fix . and edit what is left."
+"$PYTHON" -m ruff format --check . || die "files are not formatted." "Remedy: $PYTHON -m ruff format ."
 
 say "mypy"
-"$PYTHON" -m mypy
+# mypy does not see the import hooks of an editable install.
+MYPYPATH=kernels:tools "$PYTHON" -m mypy || die "mypy found faults (see above)."
 
 say "timm's tests"
 "$PYTHON" tests/contract/timm_tests.py || echo "(going on: the contract tests will fail with this same message)"
