@@ -93,7 +93,7 @@ class RegionRouter(nn.Module):
 class BiLevelRoutingAttention(nn.Module):
     """Multi-head attention of every region to its `topk` most related regions, plus a positional conv (LePE).
 
-    Works on channels-last maps. The logits are scaled by the whole query width, not the head's, as the authors train it.
+    Works on channels-last maps. Logits are scaled by the whole query width, not the head's, as the authors train it.
 
     Args:
         dim: Input and output width.

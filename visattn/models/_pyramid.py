@@ -7,9 +7,19 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 
+def _refuse_images(x: Tensor, in_chans: int, weight: Tensor) -> None:
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"images have shape {tuple(x.shape)}; expected (B, in_chans={in_chans}, H, W)")
+    # Offloading keeps parameters on meta until a layer runs; autocast casts on its own.
+    if x.device != weight.device and not weight.is_meta:
+        raise ValueError(f"images are on {x.device} but the model is on {weight.device}; move one of them")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"images are {x.dtype} but the model is {weight.dtype}; cast one or use torch.autocast")
+
+
 @register_notrace_function
 def check_images(x: Tensor, in_chans: int, weight: Tensor) -> None:
-    """Refuse images that a model cannot take.
+    """Refuse images that a model cannot take. Does nothing in a scripted model.
 
     Args:
         x: What the caller passed as images.
@@ -20,13 +30,7 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> None:
         ValueError: Not (B, in_chans, H, W), or a device or dtype other than the model's.
     """
     if not torch.jit.is_scripting():
-        if x.ndim != 4 or x.shape[1] != in_chans:
-            raise ValueError(f"images have shape {tuple(x.shape)}; expected (B, in_chans={in_chans}, H, W)")
-        # Offloading keeps parameters on meta until a layer runs; autocast casts on its own.
-        if x.device != weight.device and not weight.is_meta:
-            raise ValueError(f"images are on {x.device} but the model is on {weight.device}; move one of them")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"images are {x.dtype} but the model is {weight.dtype}; cast one or use torch.autocast")
+        _refuse_images(x, in_chans, weight)
 
 
 class PyramidStage(nn.Module):
@@ -86,14 +90,12 @@ class PyramidBackbone(nn.Module):
         (B, in_chans, H, W) -> (B, num_classes)
     """
 
-    output_norms: nn.ModuleList | None
-
     def __init__(self, num_classes: int, in_chans: int, drop_rate: float) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.output_norms = None
+        self.output_norms: nn.ModuleList | None = None
 
     def finish(self, dims: tuple[int, ...], first_reduction: int = 4) -> None:
         """Derive the feature table from the stages' widths and initialise the weights."""
@@ -132,7 +134,7 @@ class PyramidBackbone(nn.Module):
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^stages\.(\d+)\.norm", (9999,)),
-                (r"^(norm|output_norms)", (99999,)),
+                (r"^(?:norm|output_norms)", (99999,)),
             ],
         }
 

@@ -367,8 +367,8 @@ default_cfgs = generate_default_cfgs(
         "biformer_b.official_in1k": _official("s!AkBbczdRlZvChHI_XPhoadjaNxtO", "biformer_base_in1k.pth"),
         "biformer_stl.official_in1k": _official("s!AkBbczdRlZvChSf-m7ujkvx9lIQ1", "biformer_stl_in1k.pth"),
         "biformer_stl_nchw.official_in1k": _official("s!AkBbczdRlZvChWYrKbWbMgqd2Ai0", "biformer_stl_nchw_in1k.pth"),
-        "biformer_mini.untrained": weights_cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
-        "test_biformer.untrained": weights_cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        "biformer_mini": weights_cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
+        "test_biformer": weights_cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
     }
 )
 

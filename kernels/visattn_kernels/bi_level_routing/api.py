@@ -46,6 +46,54 @@ def _check_topk(topk: int, regions: int) -> None:
         raise ValueError(f"topk={topk} must be between 1 and the number of key regions, {regions}")
 
 
+Pair = tuple[int, int]
+
+
+def _check_regions(
+    x: Tensor, num_regions: int | Pair, region_size: Pair | None, pad: Tensor | None
+) -> tuple[Pair, Pair]:
+    check_map(x, "x")
+    _check_pad(pad, x, "pad")
+    num = to_pair(num_regions, "num_regions")
+    return num, _region_size(x, num, region_size, "region_size")
+
+
+def _check_descriptors(q: Tensor, k: Tensor, topk: int) -> None:
+    if q.ndim != 3 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, R, C) with equal B and C")
+    check_same(q, "q", k=k)
+    _check_topk(topk, k.shape[1])
+
+
+def _check_routing(
+    q: Tensor,
+    k: Tensor,
+    num_regions: int | Pair,
+    topk: int,
+    region_size: Pair | None,
+    pad_q: Tensor | None,
+    pad_k: Tensor | None,
+) -> tuple[Pair, Pair]:
+    check_map(q, "q")
+    check_same(q, "q", k=k)
+    if q.shape != k.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)}; expected the shape of q, {tuple(q.shape)}")
+    _check_pad(pad_q, q, "pad_q")
+    _check_pad(pad_k, k, "pad_k")
+    num = to_pair(num_regions, "num_regions")
+    _check_topk(topk, num[0] * num[1])
+    return num, _region_size(q, num, region_size, "region_size")
+
+
+def _check_pool(mode: str, pool_size: int | Pair, region_size: Pair) -> Pair:
+    if mode not in POOL_MODES:
+        raise ValueError(f"mode={mode!r} is not a pooling mode; use one of {', '.join(POOL_MODES)}")
+    pool = to_pair(pool_size, "pool_size")
+    if not mode.startswith("adaptive") and (pool[0] > region_size[0] or pool[1] > region_size[1]):
+        raise ValueError(f"pool_size={pool} exceeds the region of {region_size[0]}x{region_size[1]} tokens")
+    return pool
+
+
 def region_descriptors(
     x: Tensor,
     num_regions: int | tuple[int, int],
@@ -74,10 +122,7 @@ def region_descriptors(
         assert region_size is not None
         return reference.region_descriptors(x, num_regions, region_size, pad, count_padding)
     else:
-        check_map(x, "x")
-        _check_pad(pad, x, "pad")
-        num = to_pair(num_regions, "num_regions")
-        size = _region_size(x, num, region_size, "region_size")
+        num, size = _check_regions(x, num_regions, region_size, pad)
         return reference.region_descriptors(x, num, size, pad, count_padding)
 
 
@@ -97,10 +142,7 @@ def topk_routing(q: Tensor, k: Tensor, topk: int, scale: float = 1.0) -> tuple[T
         ValueError: `topk` out of range, or shapes, devices or dtypes that differ.
     """
     if not torch.jit.is_scripting():
-        if q.ndim != 3 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
-            raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, R, C) with equal B and C")
-        check_same(q, "q", k=k)
-        _check_topk(topk, k.shape[1])
+        _check_descriptors(q, k, topk)
     return reference.topk_routing(q, k, topk, scale)
 
 
@@ -141,15 +183,7 @@ def region_routing(
         assert region_size is not None
         return reference.region_routing(q, k, num_regions, topk, region_size, pad_q, pad_k, count_padding, scale)
     else:
-        check_map(q, "q")
-        check_same(q, "q", k=k)
-        if q.shape != k.shape:
-            raise ValueError(f"k has shape {tuple(k.shape)}; expected the shape of q, {tuple(q.shape)}")
-        _check_pad(pad_q, q, "pad_q")
-        _check_pad(pad_k, k, "pad_k")
-        num = to_pair(num_regions, "num_regions")
-        _check_topk(topk, num[0] * num[1])
-        size = _region_size(q, num, region_size, "region_size")
+        num, size = _check_routing(q, k, num_regions, topk, region_size, pad_q, pad_k)
         return reference.region_routing(q, k, num, topk, size, pad_q, pad_k, count_padding, scale)
 
 
@@ -185,14 +219,8 @@ def pool_regions(
         assert region_size is not None
         return reference.pool_regions(x, num_regions, region_size, pad, mode, pool_size)
     else:
-        check_map(x, "x")
-        _check_pad(pad, x, "pad")
-        if mode not in POOL_MODES:
-            raise ValueError(f"mode={mode!r} is not a pooling mode; use one of {', '.join(POOL_MODES)}")
-        num, pool = to_pair(num_regions, "num_regions"), to_pair(pool_size, "pool_size")
-        size = _region_size(x, num, region_size, "region_size")
-        if not mode.startswith("adaptive") and (pool[0] > size[0] or pool[1] > size[1]):
-            raise ValueError(f"pool_size={pool} exceeds the region of {size[0]}x{size[1]} tokens")
+        num, size = _check_regions(x, num_regions, region_size, pad)
+        pool = _check_pool(mode, pool_size, size)
         return reference.pool_regions(x, num, size, pad, mode, pool)
 
 
