@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 
-def to_pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+def to_pair(value: int | tuple[int, ...], name: str) -> tuple[int, int]:
     """`value` as (height, width), both at least 1.
 
     Raises:
         TypeError: Not an int or a pair of ints.
         ValueError: An entry below 1.
     """
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(n, (int, torch.SymInt)) for n in pair):
         raise TypeError(f"{name}={value!r} must be an int or a pair of ints (height, width)")
     if pair[0] < 1 or pair[1] < 1:

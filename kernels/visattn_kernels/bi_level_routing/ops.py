@@ -67,16 +67,17 @@ def _forward(
     v = to_regions(v, kv_num_regions, kv_region_size, pad_v)
     indices, weights = _per_head(indices), _per_head(weights)
     B, heads, regions, r, dim = q.shape
+    q = q.reshape(B * heads, regions, r, dim)
     out = q.new_empty(B * heads, regions, r, v.shape[-1])
     lse = q.new_empty(B * heads, regions, r, dtype=work)
     for part in _slices(indices, k.shape[2]):
         factor = None if weights is None else weights[:, :, part]
         keys = gather_regions(k, indices[:, :, part], factor).to(work)
         values = gather_regions(v, indices[:, :, part], factor).to(work)
-        logits = scale * (q[:, :, part].reshape(B * heads, -1, r, dim).to(work) @ keys.transpose(-2, -1))
+        logits = scale * (q[:, part].to(work) @ keys.transpose(-2, -1))
         lse[:, part] = logits.logsumexp(-1)
         out[:, part] = ((logits - lse[:, part, :, None]).exp() @ values).to(dtype)
-    out = from_regions(out.reshape(B, heads, regions, r, -1), num_regions, region_size, map_size)
+    out = from_regions(out.reshape(B, heads, regions, r, v.shape[-1]), num_regions, region_size, map_size)
     lse = from_regions(lse.reshape(B, heads, regions, r, 1), num_regions, region_size, map_size)[..., 0]
     return out.contiguous(), lse.contiguous()
 
@@ -90,7 +91,7 @@ def _backward(
     delta = (grad_out.to(work) * out.to(work)).sum(-1, keepdim=True)  # (B, H, W, heads, 1)
     tiles = [to_regions(x, num_regions, region_size, None) for x in (q, grad_out, lse[..., None], delta)]
     B, heads, regions, r, dim = tiles[0].shape
-    qs, grads, lses, deltas = (x.reshape(B * heads, regions, r, -1).to(work) for x in tiles)
+    qs, grads, lses, deltas = (x.reshape(B * heads, regions, r, x.shape[-1]).to(work) for x in tiles)
     ks = to_regions(k, kv_num_regions, kv_region_size, pad_k)
     vs = to_regions(v, kv_num_regions, kv_region_size, pad_v)
     indices, factors = _per_head(indices), _per_head(weights)
@@ -111,20 +112,20 @@ def _backward(
         dkeys = scale * (ds.transpose(-2, -1) @ qs[:, part])  # (B * heads, Q, topk * t, dim)
         dvalues = p.transpose(-2, -1) @ grads[:, part]
         rows = (picked + first_row).reshape(-1)
-        dkeys, dvalues = dkeys.reshape(rows.numel(), -1), dvalues.reshape(rows.numel(), -1)
+        dkeys = dkeys.reshape(rows.numel(), t * dim)
+        dvalues = dvalues.reshape(rows.numel(), t * vs.shape[-1])
         if factor is not None:
             plain_keys = gather_regions(ks, picked, None).to(work).reshape(dkeys.shape)
             plain_values = gather_regions(vs, picked, None).to(work).reshape(dvalues.shape)
-            dw[:, :, part] = ((dkeys * plain_keys).sum(-1) + (dvalues * plain_values).sum(-1)).reshape(
-                B, heads, -1, topk
-            )
-            column = factor.to(work).expand(B, heads, -1, -1).reshape(-1, 1)
+            dot = (dkeys * plain_keys).sum(-1) + (dvalues * plain_values).sum(-1)
+            dw[:, :, part] = dot.reshape(dw[:, :, part].shape)
+            column = factor.to(work).expand(B, heads, -1, topk).reshape(rows.numel(), 1)
             dkeys, dvalues = dkeys * column, dvalues * column
         _add_rows(dk, rows, dkeys)
         _add_rows(dv, rows, dvalues)
     dq_map = from_regions(dq.reshape(B, heads, regions, r, dim), num_regions, region_size, map_size)
     full = [
-        from_regions(x.reshape(B, heads, kv_regions, t, -1), kv_num_regions, kv_region_size, kv_padded)
+        from_regions(x.reshape(B, heads, kv_regions, t, x.shape[-1] // t), kv_num_regions, kv_region_size, kv_padded)
         for x in (dk, dv)
     ]
     dk_map, dpad_k = _split_pad(full[0], kv_map_size, pad_k)

@@ -123,7 +123,7 @@ def gather_regions(tiles: Tensor, indices: Tensor, weights: Tensor | None) -> Te
     rows = (indices + first_row).reshape(-1)
     picked = tiles.reshape(B * heads * R, t * dim).index_select(0, rows)
     if weights is not None:
-        picked = picked * weights.to(tiles.dtype).expand(B, heads, Q, topk).reshape(-1, 1)
+        picked = picked * weights.to(tiles.dtype).expand(B, heads, Q, topk).reshape(rows.shape[0], 1)
     return picked.reshape(B * heads, Q, topk * t, dim)
 
 

@@ -1,0 +1,64 @@
+"""The choice of backend: override, environment, and what a name means."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import visattn_kernels as vk
+from torch.utils.flop_counter import FlopCounterMode
+from visattn_kernels.backend import select_backend
+
+
+def runs() -> None:
+    return None
+
+
+def refuses() -> str:
+    return "no such device"
+
+
+def test_automatic_choice():
+    assert select_backend("op", None, runs) == "triton"
+    assert select_backend("op", None, refuses) == "reference"
+
+
+def test_a_name_never_falls_back():
+    assert select_backend("op", "recompute", refuses) == "recompute"
+    with pytest.raises(
+        ValueError, match="backend='triton' cannot run op: no such device; use backend=None or 'reference'"
+    ):
+        select_backend("op", "triton", refuses)
+    with vk.use_backend("triton"), pytest.raises(ValueError, match="no such device"):
+        select_backend("op", None, refuses)
+
+
+def test_override_and_its_end():
+    with vk.use_backend("recompute"):
+        assert select_backend("op", None, runs) == "recompute"
+        with vk.use_backend(None):
+            assert select_backend("op", None, runs) == "triton"
+        assert select_backend("op", "reference", runs) == "reference"
+    assert select_backend("op", None, runs) == "triton"
+    with pytest.raises(ValueError, match="name='fast' is not a backend"), vk.use_backend("fast"):
+        pass
+
+
+def test_environment_variable():
+    code = "import visattn_kernels.backend as b; print(b.select_backend('op', None, lambda: None))"
+    for value, expected in (("reference", "reference\n"), ("", "triton\n")):
+        env = {**os.environ, "VISATTN_BACKEND": value}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout == expected
+    env = {**os.environ, "VISATTN_BACKEND": "quick"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "environment variable VISATTN_BACKEND='quick' is not a backend; use one of reference" in done.stderr
+
+
+def test_cpu_attention_is_counted():
+    """torch counts its CPU attention kernel as zero FLOPs; importing the kernels mends that."""
+    q = torch.randn(1, 2, 8, 4)
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert counter.get_total_flops() == 2 * 2 * (2 * 8 * 8 * 4)
