@@ -8,6 +8,7 @@ is first used.
 from . import flops as _flops  # registers FLOP formulas that torch lacks
 from .backend import available_backends, use_backend
 from .bi_level_routing import (
+    POOL_MODES,
     bi_level_routing_attention,
     pool_regions,
     region_descriptors,
@@ -16,6 +17,7 @@ from .bi_level_routing import (
 )
 
 __all__ = [
+    "POOL_MODES",
     "available_backends",
     "bi_level_routing_attention",
     "pool_regions",

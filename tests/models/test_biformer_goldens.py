@@ -208,6 +208,27 @@ def test_golden(path, tmp_path, record_property):
     check_gradients(case, out, x, parameters, names)
 
 
+def test_segmentation_checkpoint_through_timms_doors(tmp_path):
+    """A dense-prediction checkpoint as mmsegmentation writes it: prefixed, with per-output norms and a decoder."""
+    (path,) = (p for p in CASES if p.stem.startswith("seg_"))
+    case, file = load_case(path), tmp_path / "segmentor.pth"
+    weights = {f"backbone.{k}": v for k, v in reference_state_dict(case).items()}
+    torch.save({"state_dict": {**weights, "decode_head.conv_seg.bias": torch.zeros(150)}, "meta": {}}, file)
+    model = timm.create_model(
+        "biformer_s",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(file)},
+        features_only=True,
+        output_norms=True,
+        num_regions=8,
+        dtype=torch.float64,
+    ).eval()
+    with torch.no_grad():
+        features = model(make_input(case["input_shape"]))
+    for feature, expected in zip(features, case["features"], strict=True):
+        assert max_error(feature, expected) < TOLERANCE
+
+
 def test_every_case_is_here():
     """A golden that disappears must not pass silently."""
     kinds = [re.match(r"(op|custom|det|seg|biformer)", p.stem).group(1) for p in CASES]

@@ -8,6 +8,7 @@ import torch
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 from visattn_kernels import (
+    POOL_MODES,
     bi_level_routing_attention,
     pool_regions,
     region_descriptors,
@@ -153,6 +154,8 @@ class BiLevelRoutingAttention(nn.Module):
             raise ValueError(f"topk={topk} must be between 1 and the {regions[0] * regions[1]} regions")
         if pad_mode not in PAD_MODES:
             raise ValueError(f"pad_mode={pad_mode!r} is not a padding; use one of {', '.join(PAD_MODES)}")
+        if kv_pool is not None and kv_pool not in POOL_MODES:
+            raise ValueError(f"kv_pool={kv_pool!r} is not a pooling mode; use one of {', '.join(POOL_MODES)} or None")
         if diff_routing and not soft_routing:
             raise ValueError(
                 "diff_routing=True needs soft_routing=True: without weights no gradient reaches the routing"

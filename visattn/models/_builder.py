@@ -7,7 +7,7 @@ from typing import Any
 
 import timm.models
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, load_state_dict
+from timm.models import build_model_with_cfg, get_pretrained_cfg, load_state_dict
 from timm.models._registry import _model_entrypoints
 from torch import Tensor, nn
 
@@ -174,8 +174,12 @@ def build_model(
             **kwargs,
         )
     except OSError as error:
+        tag = kwargs.get("pretrained_cfg")
+        cfg = get_pretrained_cfg(f"{variant}.{tag}" if isinstance(tag, str) else variant)
+        weights_file = (cfg and cfg.description) or "the file"
         raise RuntimeError(
-            f"weights of {variant} cannot be downloaded ({error}). Fetch the file from {weights_page} and pass it: "
+            f"weights of {variant} cannot be downloaded ({error}). Fetch {weights_file} from {weights_page} "
+            f"and pass it: "
             f"timm.create_model({variant!r}, pretrained=True, pretrained_cfg_overlay=dict(file=PATH)), or convert it: "
             f"python tools/convert.py PATH OUT.safetensors --model {variant}"
         ) from error

@@ -355,7 +355,7 @@ def _official(share: str, file: str, **kwargs: Any) -> dict[str, Any]:
         paper_ids="arXiv:2303.08810",
         paper_name="BiFormer: Vision Transformer with Bi-Level Routing Attention",
         origin_url="https://github.com/rayleizhu/BiFormer",
-        description=f"Authors' file {file}.",
+        description=file,
         **kwargs,
     )
 

@@ -9,6 +9,7 @@ from . import reference
 from .ops import recompute_attention
 
 POOL_MODES = ("avg", "max", "adaptive_avg", "adaptive_max")
+"""Poolings of :func:`pool_regions`."""
 
 
 def _ceil_div(a: int, b: int) -> int:

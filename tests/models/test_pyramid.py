@@ -1,0 +1,153 @@
+"""What every pyramid of ours promises beyond timm's own tests, on the tiny variant of each family."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch.export import Dim
+
+import visattn
+from visattn.models._pyramid import PyramidBackbone
+
+TINY = [n for n in visattn.list_models("test_*") if isinstance(timm.create_model(n, device="meta"), PyramidBackbone)]
+
+
+@pytest.fixture(params=TINY)
+def name(request):
+    return request.param
+
+
+def images(model, batch=2, size=None):
+    torch.manual_seed(0)
+    return torch.randn(batch, 3, *(size or model.default_cfg["input_size"][1:]))
+
+
+def build(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=7, **kwargs)
+
+
+@pytest.mark.parametrize("size", [(333, 500), (32, 32), (37, 65)], ids=str)
+def test_features_at_any_size(name, size):
+    model = build(name, features_only=True).eval()
+    features = model(images(model, 1, size))
+    assert [f.shape[1] for f in features] == model.feature_info.channels()
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    for f, r in zip(features, model.feature_info.reduction()):
+        assert all(n // r <= m <= -(-n // r) for n, m in zip(size, f.shape[2:]))
+
+
+def test_compiles_without_a_break(name):
+    model = build(name).eval()
+    x = images(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_exports_with_a_dynamic_batch(name):
+    model = build(name).eval()
+    program = torch.export.export(model, (images(model),), dynamic_shapes=({0: Dim("batch", min=1, max=64)},))
+    x = images(model, 3)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_scripts(name):
+    model = build(name, scriptable=True).eval()
+    x = images(model)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def test_checkpointing_gives_equal_gradients(name):
+    model = build(name, drop_path_rate=0.0).train()
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    for m in (model, twin):
+        m(images(model)).square().sum().backward()
+    for (n, a), b in zip(model.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(b.grad, a.grad, msg=n)
+
+
+def test_deterministic_algorithms(name):
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = build(name, drop_path_rate=0.0)
+        grads = []
+        for _ in range(2):
+            model.zero_grad()
+            model(images(model)).sum().backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*grads))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_channels_last_and_bfloat16(name):
+    model = build(name).eval()
+    x = images(model)
+    expected = model(x)
+    model = model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-4)
+    assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_meta_device_and_reset(name):
+    model = build(name, device="meta")
+    assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    model.to_empty(device="cpu")
+    model.init_weights()
+    assert model.eval()(images(model)).isfinite().all()
+
+
+def test_one_training_step(name):
+    model = build(name)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, layer_decay=0.8)
+    torch.nn.functional.cross_entropy(model(images(model)), torch.tensor([1, 2])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    before = [p.clone() for p in model.parameters()]
+    optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_few_outputs_leave_no_unused_parameter(name):
+    model = build(name, features_only=True, out_indices=(0, 2))
+    out = model(images(model))
+    assert len(out) == 2
+    sum(f.sum() for f in out).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:, :1], r"images have shape \(2, 1, 96, 96\); expected \(B, in_chans=3, H, W\)"),
+        (lambda x: x[0], r"images have shape \(3, 96, 96\); expected \(B, in_chans=3, H, W\)"),
+        (
+            lambda x: x.double(),
+            "images are torch.float64 but the model is torch.float32; cast one or use torch.autocast",
+        ),
+        (lambda x: (x * 255).byte(), "images are torch.uint8 but the model is torch.float32"),
+        (lambda x: x.to("meta"), "images are on meta but the model is on cpu; move one of them"),
+    ],
+)
+def test_images_that_do_not_fit(name, change, message):
+    model = build(name)
+    x = change(images(model, size=(96, 96)))
+    for run in (model, model.forward_intermediates):
+        with pytest.raises(ValueError, match=message):
+            run(x)
+
+
+def test_autocast_takes_float32_images(name):
+    model = build(name).bfloat16().eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(images(model)).isfinite().all()
+
+
+def test_unknown_argument_and_layout(name):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'window'"):
+        build(name, window=7)
+    model = build(name)
+    with pytest.raises(ValueError, match="output_fmt='NHWC' is not supported; use 'NCHW'"):
+        model.forward_intermediates(images(model), output_fmt="NHWC")
