@@ -3,14 +3,12 @@
 ``import visattn`` registers every model, so that ``timm.create_model("biformer_s")`` finds it.
 """
 
-from importlib.metadata import version
-
 import timm
 from timm.models._registry import _model_entrypoints
 
 from . import models
 
-__version__ = version("visattn")
+__version__ = "0.1.0"
 __all__ = ["__version__", "list_models", "models"]
 
 

@@ -421,7 +421,7 @@ def biformer_stl_nchw(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def biformer_mini(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A small BiFormer of ours for 64 px images and the quickstart: 1.5 M parameters. No pretrained weights."""
+    """A small BiFormer of ours for 64 px images and the quickstart: 1.9 M parameters. No pretrained weights."""
     args = {
         "depths": (1, 1, 3, 1),
         "embed_dims": (32, 64, 128, 256),
