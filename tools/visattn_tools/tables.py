@@ -69,7 +69,7 @@ datasets: [imagenet-1k]
 
 {model_table({key: family}, measured)}
 
-Parameters and GMACs are measured by `tools/benchmark.py` (torch {first["torch"]}, timm {first["timm"]}, {first["date"]};
+Parameters and GMACs are measured by `tools/benchmark.py` (torch {first["torch"]}, {first["date"]};
 GMACs are half the FLOPs of convolutions and matrix products for one image). Top-1 is ImageNet-1k validation accuracy as
 reported; we have not re-measured it.
 
