@@ -1,11 +1,13 @@
 """Registration, configuration and weight loading around timm's factory, once for all families."""
 
+import argparse
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm.models
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, get_pretrained_cfg, load_state_dict
 from timm.models._registry import _model_entrypoints
@@ -119,7 +121,9 @@ def _read_file(path: str, variant: str, use_ema: bool) -> StateDict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights of {variant}: no file {str(path)!r}")
     try:
-        return load_state_dict(str(path), use_ema=use_ema)
+        # Training arguments lie in most published files and cannot run code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return load_state_dict(str(path), use_ema=use_ema, weights_only=True)
     except Exception as error:
         raise RuntimeError(
             f"weights of {variant}: cannot read {str(path)!r} ({error}). A damaged file must be fetched again; "

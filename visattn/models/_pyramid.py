@@ -1,7 +1,7 @@
 """The timm contract of four-stage pyramids, once for all families."""
 
 import torch
-from timm.layers import get_device_dtype, register_notrace_function
+from timm.layers import register_notrace_function
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> None:
     """
     if not torch.jit.is_scripting():
         _refuse_images(x, in_chans, weight)
+
+
+def _head_width(head: nn.Module) -> int:
+    """Width of the features before the classifier; ClassifierHead tells it from timm 1.0.27 on."""
+    return head.num_features if hasattr(head, "num_features") else head.in_features * head.global_pool.feat_mult()
 
 
 class PyramidStage(nn.Module):
@@ -100,7 +105,7 @@ class PyramidBackbone(nn.Module):
     def finish(self, dims: tuple[int, ...], first_reduction: int = 4) -> None:
         """Derive the feature table from the stages' widths and initialise the weights."""
         self.num_features = dims[-1]
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = _head_width(self.head)
         self.feature_info = [
             {"num_chs": dim, "reduction": first_reduction * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
@@ -157,8 +162,10 @@ class PyramidBackbone(nn.Module):
             global_pool: New pooling; None keeps it, ``""`` returns the unpooled map.
         """
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
-        self.head_hidden_size = self.head.num_features
+        self.head.reset(num_classes, global_pool)
+        weight = next(self.parameters())
+        self.head.to(device=weight.device, dtype=weight.dtype)
+        self.head_hidden_size = _head_width(self.head)
 
     def forward_intermediates(
         self,
