@@ -147,7 +147,7 @@ def test_damaged_missing_and_unsafe_files(tmp_path, weights):
     unsafe = tmp_path / "w.pth"
     torch.save({"model": weights, "args": types.SimpleNamespace(lr=1.0)}, unsafe)
     with pytest.raises(
-        RuntimeError, match=r"SimpleNamespace.* tools/convert.py .* --model test_biformer --allow-pickle"
+        RuntimeError, match=r"(?s)SimpleNamespace.* tools/convert.py .* --model test_biformer --allow-pickle"
     ):
         load(unsafe)
 

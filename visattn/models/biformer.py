@@ -339,6 +339,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
 
 
 def _create_biformer(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    # Every link of the authors ends in /content, the name under which torch would cache all of them.
+    kwargs.setdefault("cache_dir", f"{torch.hub.get_dir()}/checkpoints/{variant}")
     return build_model(
         BiFormer,
         variant,
