@@ -1,0 +1,178 @@
+"""``tools/convert.py``: a published checkpoint, in its authors' layout, to safetensors in ours."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.utils import ParseKwargs
+from torch import Tensor, nn
+
+import visattn  # noqa: F401  registers the models
+
+from .checkpoint import ModelInfo, mismatch, save_weights
+from .cli import Parser, UserError, number
+from .config import check_model_name
+from .files import sha256
+
+KEYS = ("model", "state_dict", "model_ema", "state_dict_ema")
+PREFIXES = ("module.", "backbone.")
+
+
+def convert_parser() -> Parser:
+    """The parser of ``tools/convert.py``."""
+    parser = Parser(prog="convert.py", description="Convert a published checkpoint to safetensors.")
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="the authors' file: .pth or .safetensors")
+    add("target", type=Path, metavar="DST", help="the .safetensors file to write")
+    add("--model", required=True, metavar="NAME", help="the model it is for")
+    add("--num-classes", type=number(int, 0), help="classes of the file's head, 0 for none; default: the model's")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments of the model")
+    add("--key", help=f"entry that holds the weights; default: the first of {', '.join(KEYS)}, or the file itself")
+    add("--allow-pickle", action="store_true", help="run the code in the file; only if you trust where it comes from")
+    add("--dry-run", action="store_true", help="report every key and write nothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``tools/convert.py``."""
+    args: argparse.Namespace = convert_parser().parse(argv)
+    check_model_name(args.model)
+    if args.target.suffix != ".safetensors":
+        raise UserError(f"DST {args.target} must end in .safetensors")
+    if not args.target.parent.is_dir():
+        raise UserError(f"DST {args.target}: no folder {args.target.parent}")
+    payload = read_payload(args.source, args.allow_pickle)
+    digest = sha256(args.source)
+    print(f"sha256 {digest}  {args.source}")
+    weights = select_weights(payload, args.key, args.source)
+    kwargs = args.model_kwargs if args.num_classes is None else {"num_classes": args.num_classes, **args.model_kwargs}
+    try:
+        model: Any = timm.create_model(args.model, **kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--model {args.model}: {error}") from error
+    num_classes = model.num_classes
+    converted = convert(weights, model)
+    problem = mismatch({key: tuple(value.shape) for key, value in converted.items()}, model)
+    if problem or args.dry_run:
+        print(report(weights, converted, model))
+    if problem:
+        raise UserError(f"{args.source} does not fit {args.model} with {num_classes} classes: {problem}")
+    if args.dry_run:
+        print(f"all {len(converted)} weights fit {args.model}; nothing written")
+        return
+    model.load_state_dict(converted)  # strict; casts to the model's dtypes
+    info = ModelInfo(
+        args.model,
+        num_classes,
+        args.model_kwargs,
+        data_config=timm.data.resolve_model_data_config(model),
+        source={"file": args.source.name, "sha256": digest},
+    )
+    save_weights(args.target, model.state_dict(), info)
+    print(f"wrote {args.target}: {len(converted)} weights of {args.model}")
+
+
+def read_payload(path: Path, allow_pickle: bool = False) -> Any:
+    """What a file holds, without running code from it unless `allow_pickle`.
+
+    Raises:
+        UserError: No such file, a damaged one, or one that needs `allow_pickle`; the message lists what was blocked.
+    """
+    if not path.is_file():
+        raise UserError(f"SRC {path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"SRC {path} is damaged or no safetensors file: {error}") from None
+    try:
+        # Training scripts put their arguments beside the weights; timm admits that one harmless class, too.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+    except Exception as error:  # zip, pickle, end of file, ...
+        blocked = [] if allow_pickle else _blocked(path, error)
+        if not blocked:
+            raise UserError(f"SRC {path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"SRC {path} holds more than weights; blocked: {', '.join(blocked)}. "
+            "Loading it runs code from the file: --allow-pickle is the only door, and means that you trust the file"
+        ) from None
+
+
+def _blocked(path: Path, error: Exception) -> list[str]:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # files of the old, unzipped format cannot be listed
+        names = []
+        for word in str(error).split("GLOBAL ")[1:]:
+            names.append(word.split()[0])
+    return sorted(set(names) - {"argparse.Namespace"})
+
+
+def select_weights(payload: Any, key: str | None, path: Path) -> dict[str, Any]:
+    """The dict of weights in a checkpoint.
+
+    Raises:
+        UserError: `key` is not in it, or it holds no dict of tensors.
+    """
+    entries = list(payload) if isinstance(payload, Mapping) else []
+    if key is not None and key not in entries:
+        raise UserError(f"--key {key}: {path} has no such entry; it has {', '.join(map(str, entries[:20]))}")
+    found = key or next((name for name in KEYS if name in entries and isinstance(payload[name], Mapping)), None)
+    weights = payload[found] if found else payload
+    if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"SRC {path} holds no weights{f' under {found!r}' if found else ''}; choose the entry by --key")
+    return {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+
+
+def convert(weights: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """`weights` under the names of `model`, by the ``checkpoint_filter_fn`` of the module that defines it.
+
+    Wrappers' prefixes are removed only if the weights do not fit with them.
+    """
+    module = sys.modules[type(model).__module__]
+    filter_fn = getattr(module, "checkpoint_filter_fn", None) or (lambda state_dict, model: state_dict)
+    wanted = set(model.state_dict())
+    first = converted = _filtered(filter_fn, weights, model)
+    for prefix in PREFIXES:
+        if wanted <= converted.keys():
+            break
+        if any(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
+            converted = _filtered(filter_fn, weights, model)
+    return converted if wanted & converted.keys() else first
+
+
+def _filtered(filter_fn: Any, weights: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    converted = dict(filter_fn(dict(weights), model))
+    # Files from before torch counted the batches of a batch norm: torch itself fills in a zero.
+    for name, value in model.state_dict().items():
+        if name.endswith(".num_batches_tracked") and name not in converted:
+            converted[name] = torch.zeros_like(value)
+    return converted
+
+
+def report(weights: Mapping[str, Tensor], converted: Mapping[str, Tensor], model: nn.Module) -> str:
+    """A line per key: where it goes, what is missing, unknown or of another shape."""
+    wanted = model.state_dict()
+    origin = {value.data_ptr(): name for name, value in weights.items() if value.numel()}
+    lines = []
+    for name, value in converted.items():
+        source = origin.pop(value.data_ptr(), None) or "(made)"
+        shape = tuple(value.shape)
+        if name not in wanted:
+            lines.append(f"unknown   {source} -> {name} {shape}")
+        elif shape != tuple(wanted[name].shape):
+            lines.append(f"shape     {source} -> {name} {shape}, not {tuple(wanted[name].shape)}")
+        else:
+            lines.append(f"mapped    {source} -> {name} {shape}")
+    lines += [f"missing   {name} {tuple(wanted[name].shape)}" for name in wanted if name not in converted]
+    # A filter that splits or joins weights makes new tensors: their sources look unused.
+    lines += [f"unused    {name}" for name in origin.values()]
+    return "\n".join(lines)

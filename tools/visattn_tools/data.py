@@ -1,0 +1,262 @@
+"""Images for training and testing: sources, the dataset that timm's loaders read, and checks of folders."""
+
+import argparse
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader
+from timm.data.readers.img_extensions import get_img_extensions
+from torch.utils.data import Dataset
+
+from .cli import UserError
+
+SPLIT_NAMES = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
+
+
+class Source(Protocol):
+    """Pictures with classes, in a fixed order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """The decoded RGB picture and its class."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What a person calls the picture: its file, where it has one."""
+        ...
+
+
+class Folder:
+    """A folder of class folders, through timm's reader."""
+
+    def __init__(self, folder: Path) -> None:
+        self.reader = create_dataset("", root=str(folder), search_split=False).reader
+        self.class_names = [name for name, _ in sorted(self.reader.class_to_idx.items(), key=lambda item: item[1])]
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, target = self.reader[index]
+        with file:
+            return Image.open(file).convert("RGB"), target
+
+    def name(self, index: int) -> str:
+        return self.reader.filename(index, absolute=True)
+
+
+class Digits:
+    """scikit-learn's 1,797 scans of handwritten digits, 8x8 grey values that ship with the package, upscaled.
+
+    The held-out 20 % is one fixed draw, stratified by class; no seed of a run changes it.
+    """
+
+    class_names = [str(digit) for digit in range(10)]
+
+    def __init__(self, train: bool, size: int) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        indices = np.arange(len(digits.target))
+        split = train_test_split(indices, test_size=0.2, random_state=0, stratify=digits.target)
+        self.indices = split[0 if train else 1]
+        self.targets = digits.target[self.indices]
+        self.pictures = [
+            Image.fromarray((picture * (255 / 16)).round().astype(np.uint8)).resize(
+                (size, size), Image.Resampling.BICUBIC
+            )
+            for picture in digits.images[self.indices]
+        ]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.pictures[index].convert("RGB"), int(self.targets[index])
+
+    def name(self, index: int) -> str:
+        return f"digits[{self.indices[index]}]"
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's CPU generators from `entropy` inside the block; restore them after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  timm's augmentations draw from the global generator
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+class Images(Dataset):
+    """What timm's loader reads: pictures of a source through a transform.
+
+    The augmentation of a picture depends on seed, epoch and index alone: not on the number of workers, nor on whether
+    the run was interrupted before.
+    """
+
+    def __init__(self, source: Source, seed: int) -> None:
+        self.source, self.seed = source, seed
+        self.transform: Callable[[Image.Image], Any] | None = None  # timm's loader sets it
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the augmentation is drawn for."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        try:
+            picture, target = self.source[index]
+        except Exception as error:  # every decoder has its own kinds
+            raise UserError(f"cannot read the image {self.source.name(index)}: {error}") from None
+        with seeded(self.seed, int(self._epoch), index):
+            return (self.transform(picture) if self.transform else picture), target
+
+
+@dataclass
+class Data:
+    """Training and held-out pictures of the same classes."""
+
+    train: Images
+    test: Images
+    class_names: list[str]
+
+
+def open_data(args: argparse.Namespace, input_size: tuple[int, int, int]) -> Data:
+    """The data that the flags ask for, checked.
+
+    Raises:
+        UserError: A folder that is missing, has no class folders or empty ones; splits with other classes; too few
+            images for a batch; ``--num-classes`` that is not the data's.
+    """
+    if args.dataset == "digits":
+        train: Source = Digits(True, input_size[-1])
+        test: Source = Digits(False, input_size[-1])
+        names, where = Digits.class_names, "the digits"
+    else:
+        train, test = (Folder(path) for path in _split_folders(args))
+        names, where = train.class_names, f"--data-dir {args.data_dir}"
+        if names != test.class_names:
+            missing, extra = set(names) - set(test.class_names), set(test.class_names) - set(names)
+            raise UserError(
+                f"{where}: {args.val_split} has other classes than {args.train_split}"
+                f"{_some('; it lacks', missing)}{_some('; only it has', extra)}"
+            )
+    if args.num_classes not in (None, len(names)):
+        raise UserError(f"--num-classes {args.num_classes}: {where} has {len(names)} classes")
+    if args.batch_size > len(train):
+        raise UserError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images of {where}")
+    return Data(Images(train, args.seed), Images(test, args.seed), names)
+
+
+def _some(label: str, names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:5])
+    return f"{label} {shown}{', ...' if len(names) > 5 else ''}" if names else ""
+
+
+def _split_folders(args: argparse.Namespace) -> tuple[Path, Path]:
+    root = Path(args.data_dir)
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: {'not a folder' if root.exists() else 'no such folder'}")
+    train, test = (_split_folder(root, flag, getattr(args, flag)) for flag in ("train_split", "val_split"))
+    for folder in (train, test):
+        _check_class_folders(folder)
+    return train, test
+
+
+def _split_folder(root: Path, flag: str, split: str) -> Path:
+    names = next((group for group in SPLIT_NAMES if split in group), (split,))
+    for name in (split, *names):
+        if (root / name).is_dir():
+            return root / name
+    there = sorted(entry.name for entry in root.iterdir() if entry.is_dir())[:5]
+    raise UserError(
+        f"--data-dir {root} has no folder {' or '.join(names)} (--{flag.replace('_', '-')}); "
+        f"it has {', '.join(there) or 'no folders'}"
+    )
+
+
+def _check_class_folders(folder: Path) -> None:
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    if not classes:
+        raise UserError(f"{folder} has no class folders; expected one folder per class with images in it")
+    kinds = get_img_extensions(as_set=True)
+    for path in classes:
+        files = (name for _, _, names in os.walk(path, followlinks=True) for name in names)
+        if not any(os.path.splitext(name)[1].lower() in kinds for name in files):
+            raise UserError(f"the class folder {path} has no images ({', '.join(sorted(kinds))})")
+
+
+def _worker_seed(info: Any) -> int:
+    # Ctrl-C reaches the whole process group; the main process decides when its loaders stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return info.seed
+
+
+def _common(args: argparse.Namespace, data_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        "input_size": data_config["input_size"],
+        "mean": data_config["mean"],
+        "std": data_config["std"],
+        "crop_pct": data_config["crop_pct"],
+        "crop_mode": data_config["crop_mode"],
+        "num_workers": args.workers,
+        "pin_memory": args.pin_mem,
+        "device": device,
+        # Workers that outlive an epoch would make a resumed run draw other shuffles than an uninterrupted one.
+        "persistent_workers": False,
+        "worker_seeding": _worker_seed,
+    }
+
+
+def train_loader(images: Images, args: argparse.Namespace, data_config: dict[str, Any], device: torch.device) -> Any:
+    """timm's loader of augmented, shuffled, normalised batches on `device`."""
+    return create_loader(
+        cast(Any, images),
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        train_crop_mode=args.train_crop_mode,
+        scale=tuple(args.scale),
+        ratio=tuple(args.ratio),
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        interpolation=args.train_interpolation,
+        **_common(args, data_config, device),
+    )
+
+
+def test_loader(images: Images, args: argparse.Namespace, data_config: dict[str, Any], device: torch.device) -> Any:
+    """timm's loader of all images in order, normalised batches on `device`."""
+    return create_loader(
+        cast(Any, images),
+        batch_size=args.validation_batch_size or args.batch_size,
+        is_training=False,
+        interpolation=data_config["interpolation"],
+        **_common(args, data_config, device),
+    )

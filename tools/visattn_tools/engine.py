@@ -1,0 +1,276 @@
+"""One model in training: steps, evaluation, and everything that has to survive an interruption."""
+
+import argparse
+import math
+import signal
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import model_parameters
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad
+from torch import Tensor, nn
+
+from .checkpoint import random_state, set_random_state
+from .cli import Interrupted, UserError
+from .data import Data, test_loader, train_loader
+from .progress import Progress
+
+
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM into :class:`Interrupted` at the next :meth:`check`; the second one is final.
+
+    Use as a context manager around work that must stop only between steps.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> "StopSignals":
+        self.received: int | None = None
+        self._before = {signum: signal.signal(signum, self._receive) for signum in self.SIGNALS}
+        return self
+
+    def _receive(self, signum: int, frame: Any) -> None:
+        self.received = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def check(self) -> None:
+        """Raise :class:`Interrupted` if a signal has arrived."""
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+
+@dataclass
+class Evaluation:
+    """Result of a pass over the held-out images, one entry per image in the order of the dataset.
+
+    Attributes:
+        loss: Mean cross entropy.
+        top1: Per cent right.
+        top5: Per cent with the right class among the five likeliest.
+        targets: (N,) classes.
+        predictions: (N,) likeliest classes.
+        confidences: (N,) their probabilities.
+    """
+
+    loss: float
+    top1: float
+    top5: float
+    targets: np.ndarray
+    predictions: np.ndarray
+    confidences: np.ndarray
+
+
+class Engine:
+    """Trains and evaluates a model as the flags of ``tools/train.py`` say.
+
+    Args:
+        model: The model, on any device.
+        data: Images to train and test on.
+        data_config: timm's description of the input.
+        args: The flags.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, data_config: dict[str, Any], args: argparse.Namespace) -> None:
+        self.args, self.data = args, data
+        self.device = torch.device(args.device)
+        self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.model = model.to(self.device).to(memory_format=self.memory_format)
+        self.ema = (
+            ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+        )
+        self.train_batches = train_loader(data.train, args, data_config, self.device)
+        self.test_batches = test_loader(data.test, args, data_config, self.device)
+        self.updates_per_epoch = math.ceil(len(self.train_batches) / args.grad_accum_steps)
+        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
+        self.scheduler, self.epochs = create_scheduler_v2(
+            self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch
+        )
+        self.scaler = NativeScaler(self.device.type) if args.amp and args.amp_dtype == "float16" else None
+        self.mixup, self.loss = _mixup_and_loss(args, len(data.class_names))
+        # The compiled module shares the parameters; state and weights are taken from the plain one.
+        self.call = self._compiled(model) if args.torchcompile else model
+        self.epoch = self.updates = 0
+
+    def _compiled(self, model: nn.Module) -> Any:
+        return torch.compile(model, backend=self.args.torchcompile, mode=self.args.torchcompile_mode)
+
+    @property
+    def weights(self) -> nn.Module:
+        """The model to evaluate and save: the average, if there is one."""
+        return self.ema.module if self.ema else self.model
+
+    @property
+    def lr(self) -> float:
+        """Present learning rate; the largest one with layer decay."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def _autocast(self) -> Any:
+        if not self.args.amp:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.args.amp_dtype))
+
+    def train_epoch(self, stop: StopSignals) -> float:
+        """Train for one epoch and return the mean loss.
+
+        Raises:
+            Interrupted: `stop` has received a signal; the epoch is not over.
+            UserError: The loss is not finite.
+        """
+        self.model.train()
+        self.data.train.set_epoch(self.epoch)
+        if self.mixup and self.args.mixup_off_epoch and self.epoch >= self.args.mixup_off_epoch:
+            self.mixup.mixup_enabled = False
+        total, count = torch.zeros((), device=self.device), 0
+        batches, steps = len(self.train_batches), self.args.grad_accum_steps
+        label = f"epoch {self.epoch + 1:>{len(str(self.epochs))}}/{self.epochs}"
+        with Progress(label, batches * self.args.batch_size, plain_interval=self.args.log_interval) as progress:
+            for i, (images, targets) in enumerate(self.train_batches):
+                stop.check()
+                group = min(steps, batches - i // steps * steps)  # the last group may be smaller
+                last = (i + 1) % steps == 0 or i + 1 == batches
+                loss = self._step(images, targets, group, last)
+                total += loss * len(images)
+                count += len(images)
+                progress.advance(len(images))
+                if progress.due():
+                    progress.draw(loss=f"{self._finite(total / count):.3f}", lr=f"{self.lr:.1e}")
+        self.epoch += 1
+        self.scheduler.step(self.epoch)
+        return self._finite(total / count)
+
+    def _step(self, images: Tensor, targets: Tensor, group: int, update: bool) -> Tensor:
+        if self.mixup:
+            images, targets = self.mixup(images, targets)
+        images = images.contiguous(memory_format=self.memory_format)
+        with self._autocast():
+            loss = self.loss(self.call(images), targets)
+        clip, mode = self.args.clip_grad, self.args.clip_mode
+        parameters = list(model_parameters(self.model, exclude_head=mode == "agc")) if clip and update else []
+        if self.scaler:
+            self.scaler(
+                loss / group,
+                self.optimizer,
+                clip_grad=clip,
+                clip_mode=mode,
+                parameters=parameters,
+                need_update=update,
+            )
+        else:
+            (loss / group).backward()
+            if update:
+                if clip:
+                    dispatch_clip_grad(parameters, clip, mode=mode)
+                self.optimizer.step()
+        if update:
+            self.optimizer.zero_grad()
+            self.updates += 1
+            if self.ema:
+                self.ema.update(self.model, step=self.updates)
+            self.scheduler.step_update(self.updates)
+        return loss.detach()
+
+    def _finite(self, loss: Tensor) -> float:
+        value = float(loss)
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss became {value} in epoch {self.epoch + 1} at learning rate {self.lr:.1e}; "
+                "use a lower --lr, more --warmup-epochs or --clip-grad 1"
+            )
+        return value
+
+    @torch.inference_mode()
+    def evaluate(self, stop: StopSignals | None = None) -> Evaluation:
+        """Classify all held-out images with :attr:`weights`."""
+        self.weights.eval()
+        # The average has parameters of its own, which the compiled model does not see.
+        call = self.weights if self.ema else self.call
+        parts: list[tuple[Tensor, ...]] = []
+        with Progress("testing", len(self.data.test), plain_interval=self.args.log_interval) as progress:
+            for images, targets in self.test_batches:
+                if stop:
+                    stop.check()
+                with self._autocast():
+                    logits = call(images.contiguous(memory_format=self.memory_format)).float()
+                confidences, predictions = logits.softmax(1).max(1)
+                # Counted from the target's side: better-ranked classes.
+                rank = (logits > logits.gather(1, targets[:, None])).sum(1)
+                losses = F.cross_entropy(logits, targets, reduction="none")
+                parts.append((losses, rank < 5, targets, predictions, confidences))
+                progress.advance(len(images))
+                if progress.due():
+                    progress.draw()
+        losses, top5, targets, predictions, confidences = (torch.cat(column).cpu() for column in zip(*parts))
+        return Evaluation(
+            loss=float(losses.double().mean()),
+            top1=float((predictions == targets).double().mean() * 100),
+            top5=float(top5.double().mean() * 100),
+            targets=targets.numpy(),
+            predictions=predictions.numpy(),
+            confidences=confidences.numpy(),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from the end of an epoch as if nothing had happened."""
+        return {
+            "epoch": self.epoch,
+            "updates": self.updates,
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`, of a run with the same model and optimizer."""
+        self.epoch, self.updates = state["epoch"], state["updates"]
+        self.model.load_state_dict(state["model"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"] or state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        # timm's schedules are functions of the position alone.
+        self.scheduler.step(self.epoch)
+        self.scheduler.step_update(self.updates)
+        set_random_state(state["random"])
+
+
+def _mixup_and_loss(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+    loss: nn.Module
+    if args.bce_loss:
+        loss = BinaryCrossEntropy(smoothing=0.0 if mixup else args.smoothing)
+    elif mixup:
+        loss = SoftTargetCrossEntropy()
+    elif args.smoothing:
+        loss = LabelSmoothingCrossEntropy(args.smoothing)
+    else:
+        loss = nn.CrossEntropyLoss()
+    return mixup, loss

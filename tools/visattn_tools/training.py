@@ -1,0 +1,257 @@
+"""``tools/train.py``: from the flags to a run folder."""
+
+import argparse
+import random
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+import visattn
+
+from . import report
+from .checkpoint import ModelInfo, load_state, mismatch, read_header, save_state, save_weights
+from .cli import Interrupted, UserError
+from .config import parse_train_args, saved_config
+from .data import Data, open_data
+from .engine import Engine, StopSignals
+from .progress import duration
+from .run_folder import RunFolder
+
+IDENTITY = ("model", "model_kwargs", "dataset", "opt", "model_ema")
+"""Flags that a resumed run must share with the run it goes on with."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``tools/train.py``."""
+    train(parse_train_args(argv))
+
+
+def train(args: argparse.Namespace) -> RunFolder:
+    """Train as the flags say and return the folder of the run.
+
+    Raises:
+        UserError: Bad input, before any work.
+        Interrupted: SIGINT or SIGTERM; the run can be resumed.
+    """
+    folder = RunFolder.choose(args)
+    # auto starts afresh where there is nothing to go on with, so that one command serves both in a job script.
+    resume = bool(args.resume) and (args.resume != "auto" or folder.state.exists())
+    data_config = _data_config(args)
+    data = open_data(args, data_config["input_size"])
+    state = _resumable(folder, args, data) if resume else None
+    random.seed(args.seed)
+    np.random.seed(args.seed)  # noqa: NPY002  timm draws from the global generator
+    torch.manual_seed(args.seed)
+    model = _create_model(args, len(data.class_names), data_config)
+    if args.lr is None:
+        share = args.batch_size * args.grad_accum_steps / args.lr_base_size
+        args.lr = args.lr_base * (share**0.5 if args.lr_base_scale == "sqrt" else share)
+    folder.create(args, fresh=state is None)
+    engine = Engine(model, data, data_config, args)
+    info = ModelInfo(args.model, len(data.class_names), args.model_kwargs, data.class_names, data_config)
+    _Run(args, folder, engine, info).fit(state)
+    return folder
+
+
+def _data_config(args: argparse.Namespace) -> dict[str, Any]:
+    cfg = timm.get_pretrained_cfg(args.model)
+    config = resolve_data_config(vars(args), pretrained_cfg=cfg.to_dict() if cfg else {"input_size": (3, 224, 224)})
+    size = args.img_size
+    settable = {"img_size", "dynamic_img_size", "strict_img_size"} & args.model_kwargs.keys()
+    if size and cfg and cfg.fixed_input_size and size != cfg.input_size[-1] and not settable:
+        raise UserError(
+            f"--img-size {size}: {args.model} is made for {cfg.input_size[-1]}; "
+            f"add --model-kwargs img_size={size}, or leave --img-size out"
+        )
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def _create_model(args: argparse.Namespace, num_classes: int, data_config: dict[str, Any]) -> nn.Module:
+    kwargs = {"num_classes": num_classes, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    kwargs = {key: value for key, value in kwargs.items() if value is not None} | args.model_kwargs
+    if args.pretrained_path:
+        kwargs["pretrained_cfg_overlay"] = {"file": args.pretrained_path}
+    try:
+        model: Any = timm.create_model(args.model, pretrained=bool(args.pretrained or args.pretrained_path), **kwargs)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:  # our models say which argument is wrong
+        raise UserError(f"--model {args.model} {_shown(kwargs)}: {error}") from error
+    if args.initial_checkpoint:
+        path = Path(args.initial_checkpoint)
+        problem = mismatch(read_header(path)[1], model)
+        if problem:
+            raise UserError(f"--initial-checkpoint {path} does not fit {args.model}: {problem}")
+        timm.models.load_checkpoint(model, str(path))
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(enable=True)
+        except (AttributeError, AssertionError):
+            raise UserError(f"--grad-checkpointing: {args.model} has none") from None
+    _probe(model, args, data_config)
+    return model
+
+
+def _probe(model: nn.Module, args: argparse.Namespace, data_config: dict[str, Any]) -> None:
+    # One image now rather than an error after the data has been read: the size may not suit the model.
+    try:
+        with torch.inference_mode():
+            model.eval()
+            model(torch.zeros(1, *data_config["input_size"]))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        size = "x".join(map(str, data_config["input_size"][1:]))
+        raise UserError(f"--img-size: {args.model} does not take {size} images: {error}") from error
+
+
+def _shown(kwargs: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in kwargs.items())
+
+
+def _resumable(folder: RunFolder, args: argparse.Namespace, data: Data) -> dict[str, Any]:
+    state = load_state(folder.state)
+    before, now = state["config"], saved_config(args)
+    for key in IDENTITY:
+        if before.get(key) != now[key]:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(f"--resume: {folder.path} was run with {flag} {before.get(key)}, not {now[key]}")
+    if state["class_names"] != data.class_names:
+        raise UserError(
+            f"--resume: {folder.path} was trained on {len(state['class_names'])} other classes than the data has"
+        )
+    changed = [
+        f"{key} {before.get(key)} -> {now[key]}"
+        for key in now
+        if before.get(key) != now[key] and key not in ("output", "experiment", "lr")
+    ]
+    if changed:
+        print(f"changed since the run began: {', '.join(changed)}")
+    return state
+
+
+class _Run:
+    """The loop over epochs, its records and its end."""
+
+    def __init__(self, args: argparse.Namespace, folder: RunFolder, engine: Engine, info: ModelInfo) -> None:
+        self.args, self.folder, self.engine, self.info = args, folder, engine, info
+        self.history: list[dict[str, Any]] = []
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The best epoch so far, the first one of equals."""
+        return max(self.history, key=lambda row: row["eval_top1"])
+
+    def fit(self, state: dict[str, Any] | None) -> None:
+        engine, folder, data = self.engine, self.folder, self.engine.data
+        parameters = sum(p.numel() for p in engine.model.parameters()) / 1e6
+        size = "x".join(map(str, self.info.data_config["input_size"][1:]))
+        print(
+            f"{self.args.model}: {parameters:.2f} M parameters, {size} px, {len(data.class_names)} classes, "
+            f"{len(data.train)} training and {len(data.test)} held-out images, on {engine.device}, "
+            f"visattn {visattn.__version__}, torch {torch.__version__}"
+        )
+        print(f"run folder: {folder.path}", flush=True)
+        folder.log("resume" if state else "start", argv=sys.argv[1:], torch=torch.__version__, timm=timm.__version__)
+        start = time.monotonic()
+        with StopSignals() as stop:
+            try:
+                if state:
+                    self.history = state["history"]
+                    engine.load_state_dict(state)
+                else:
+                    self._save_state()  # so that an interruption at any time leaves something to resume
+                while engine.epoch < engine.epochs:
+                    self._epoch(stop)
+            except (Interrupted, RuntimeError):
+                # A signal to the whole process group kills the loader's workers, too, and torch reports that first.
+                time.sleep(0.2)
+                if stop.received is None:
+                    raise
+                self._interrupted(Interrupted(stop.received))
+                raise Interrupted(stop.received) from None
+        print(f"trained {engine.epochs} epochs in {duration(time.monotonic() - start)}")
+        self._finish()
+
+    def _epoch(self, stop: StopSignals) -> None:
+        engine, start = self.engine, time.monotonic()
+        lr, loss = engine.lr, engine.train_epoch(stop)
+        seconds = time.monotonic() - start
+        result = engine.evaluate(stop)
+        row = {
+            "epoch": engine.epoch,
+            "train_loss": loss,
+            "eval_loss": result.loss,
+            "eval_top1": result.top1,
+            "eval_top5": result.top5,
+            "lr": lr,
+        }
+        self.history.append(row)
+        best = self.best is row
+        # The state goes last: it is what a resumed run believes.
+        if best:
+            self._save_weights(self.folder.best)
+        self._save_weights(self.folder.last)
+        self._save_state()
+        self.folder.write_summary(self.history)
+        rate = len(engine.train_batches) * self.args.batch_size / seconds
+        self.folder.log("epoch", **row, seconds=round(seconds, 3), images_per_second=round(rate, 1))
+        print(
+            f"epoch {engine.epoch:>{len(str(engine.epochs))}}/{engine.epochs}  train loss {loss:.3f}  "
+            f"held-out loss {result.loss:.3f}  top-1 {result.top1:5.2f} %  lr {lr:.1e}  "
+            f"{rate:.0f} images/s  {duration(seconds)}{'  best' if best else ''}",
+            flush=True,
+        )
+
+    def _save_weights(self, path: Path) -> None:
+        self.info.source = {"epoch": self.engine.epoch, "seed": self.args.seed, "visattn": visattn.__version__}
+        if path == self.folder.best:
+            self.info.source["top1"] = self.history[-1]["eval_top1"]
+        save_weights(path, self.engine.weights.state_dict(), self.info)
+
+    def _save_state(self) -> None:
+        save_state(
+            self.folder.state,
+            {
+                **self.engine.state_dict(),
+                "history": self.history,
+                "class_names": self.info.class_names,
+                "config": saved_config(self.args),
+            },
+        )
+
+    def _interrupted(self, interrupted: Interrupted) -> None:
+        self._save_weights(self.folder.last)
+        self.folder.log("interrupted", signal=str(interrupted), epoch=self.engine.epoch)
+        print(
+            f"\nstopped by {interrupted} in epoch {self.engine.epoch + 1}; weights as they are: {self.folder.last}\n"
+            f"go on from the start of the epoch: python tools/train.py --config {shlex.quote(str(self.folder.config))} "
+            f"--resume {shlex.quote(str(self.folder.path))}",
+            flush=True,
+        )
+
+    def _finish(self) -> None:
+        engine, folder = self.engine, self.folder
+        best, last = self.best, self.history[-1]
+        # The pictures show the saved file, not what happens to be in memory.
+        timm.models.load_checkpoint(engine.weights, str(folder.best))
+        result = engine.evaluate()
+        pictures = report.write(folder, self.history, result, engine.weights, engine.data, self.info)
+        print(f"best held-out top-1 {best['eval_top1']:.2f} % in epoch {best['epoch']}, last {last['eval_top1']:.2f} %")
+        print(f"pictures: {', '.join(str(path) for path in pictures)}")
+        if folder.routing not in pictures:
+            print(f"no {folder.routing.name}: {self.args.model} has no routed attention")
+        folder.log("end", best_epoch=best["epoch"], best_top1=best["eval_top1"])
+        weights = shlex.quote(str(folder.best))
+        print(
+            "\nnext:\n"
+            f"  python tools/predict.py --checkpoint {weights} {shlex.quote(str(folder.example))}\n"
+            "  python tools/train.py --data-dir YOUR_FOLDER --model biformer_t    # in it: train/CLASS/*.jpg, val/CLASS/*.jpg\n"
+            '  python -c "import visattn; print(visattn.list_models())"',
+            flush=True,
+        )
