@@ -142,7 +142,9 @@ def test_gradcheck(backend):
 def test_second_order_is_refused_by_the_operator_and_right_in_the_reference():
     tensors, indices = make(FULL)
     q = tensors["q"].requires_grad_()
-    (grad,) = torch.autograd.grad(call(tensors, indices, FULL["geometry"], "recompute").square().sum(), q, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        call(tensors, indices, FULL["geometry"], "recompute").square().sum(), q, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
     assert torch.autograd.gradgradcheck(
