@@ -11,6 +11,8 @@ import yaml
 from timm.optim import list_optimizers
 from timm.utils import ParseKwargs
 
+import visattn  # noqa: F401  registers the models
+
 from .cli import Parser, UserError, nearest, number
 
 DATASETS = ("folder", "digits")

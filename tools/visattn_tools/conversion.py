@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
-import visattn  # noqa: F401  registers the models
-
 from .checkpoint import ModelInfo, mismatch, save_weights
 from .cli import Parser, UserError, number
 from .config import check_model_name

@@ -17,8 +17,6 @@ from timm.utils import ParseKwargs
 from timm.utils.misc import natural_key
 from torch import nn
 
-import visattn  # noqa: F401  registers the models
-
 from .checkpoint import ModelInfo, load_model
 from .cli import Parser, UserError, number
 from .config import check_device

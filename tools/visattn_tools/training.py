@@ -251,7 +251,7 @@ class _Run:
         print(
             "\nnext:\n"
             f"  python tools/predict.py --checkpoint {weights} {shlex.quote(str(folder.example))}\n"
-            "  python tools/train.py --data-dir YOUR_FOLDER --model biformer_t    # in it: train/CLASS/*.jpg, val/CLASS/*.jpg\n"
+            "  python tools/train.py --data-dir YOUR_FOLDER --model biformer_t   # train/CLASS/*, val/CLASS/* in it\n"
             '  python -c "import visattn; print(visattn.list_models())"',
             flush=True,
         )

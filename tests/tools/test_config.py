@@ -1,0 +1,99 @@
+"""Flags and recipes: what is accepted, and that what is not is named with its nearest neighbour."""
+
+from pathlib import Path
+
+import pytest
+from visattn_tools.cli import UserError
+from visattn_tools.config import config_text, parse_train_args, train_parser
+
+DIGITS = ["--dataset", "digits", "--model", "test_efficientnet"]
+ROOT = Path(__file__).parents[2]
+
+
+def _config(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) -> None:
+    recipe = "model: test_efficientnet\ndataset: digits\nlr: 2e-3\nscale: [0.5, 1.0]\namp: true\nsmoothing: 0.0\n"
+    args = parse_train_args([*_config(tmp_path, recipe), "--lr", "0.5", "--no-amp"])
+    assert (args.lr, args.scale, args.amp, args.smoothing, args.epochs) == (0.5, [0.5, 1.0], False, 0.0, 300)
+
+
+def test_recipe_keys_may_be_spelled_as_flags(tmp_path: Path) -> None:
+    args = parse_train_args(_config(tmp_path, "model: test_efficientnet\ndataset: digits\nbatch-size: 7\n"))
+    assert args.batch_size == 7
+
+
+def test_saved_config_reads_back_as_itself(tmp_path: Path) -> None:
+    more = ["--aa", "rand-m9", "--mixup", "0.8", "--mean", "0.5", "0.4", "0.3", "--channels-last"]
+    args = parse_train_args([*DIGITS, *more, "--model-kwargs", "drop_path_rate=0.1", "act_layer=relu"])
+    again = parse_train_args(_config(tmp_path, config_text(args)))
+    assert {**vars(again), "config": None} == vars(args)
+
+
+def test_every_recipe_at_the_top_of_configs_parses() -> None:
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert parse_train_args(["--config", str(path)]).model
+
+
+def test_every_flag_has_help() -> None:
+    parser = train_parser()
+    assert [action.dest for action in parser._actions if not action.help] == []
+    assert "--grad-accum-steps" in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bath-size", "8"], r"unknown argument --bath-size; did you mean '--batch-size'"),
+        (["--batch-size", "0"], r"--batch-size: 0 is out of range; expected an integer >= 1"),
+        (["--batch-size", "many"], r"--batch-size: 'many' is not a number; expected an integer >= 1"),
+        (["--img-size", "8"], r"--img-size: 8 is out of range; expected an integer >= 16 and <= 4096"),
+        (["--lr", "0"], r"--lr: 0 is out of range; expected a number > 0 and <= 100"),
+        (["--lr", "nan"], r"--lr: nan is out of range"),
+        (["--epochs", "-1"], r"--epochs: -1 is out of range"),
+        (["--sched", "cosin"], r"--sched: invalid choice: 'cosin'"),
+        (["--opt", "adamv"], r"--opt adamv: timm has no such optimizer; did you mean '.*adam'"),
+        (["--model", "biformer_tt"], r"--model biformer_tt: no such model; did you mean 'biformer_t'"),
+        (["--dataset", "digit"], r"--dataset digit: unknown; use one of folder, digits; did you mean 'digits'"),
+        (["--dataset", "folder"], r"--data-dir is missing"),
+        (["--batch-size", "7", "--mixup", "0.2"], r"--batch-size 7 must be even with --mixup"),
+        (["--initial-checkpoint", "no.safetensors"], r"--initial-checkpoint no.safetensors: no such file"),
+        (["--scale", "1", "0.5"], r"--scale \[1.0, 0.5\]"),
+        (["--amp", "--amp-dtype", "float16", "--device", "cpu"], r"--amp-dtype float16 needs --device cuda"),
+        (["--device", "gpu"], r"--device gpu cannot be used"),
+        (["--resume", "auto"], r"--resume auto needs --experiment"),
+        (["--config", "no.yaml"], r"--config no.yaml: No such file"),
+    ],
+)
+def test_bad_flags(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_train_args([*DIGITS, *flags])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", r"recipe.yaml: unknown key 'epoch'; did you mean 'epochs'"),
+        ("epochs: many", r"recipe.yaml: argument --epochs: 'many' is not a number"),
+        ("epochs: [1]", r"recipe.yaml: epochs: \[1\] must be one value"),
+        ("scale: 0.5", r"recipe.yaml: scale: 0.5 must be a list"),
+        ("scale: [0.5]", r"recipe.yaml: argument --scale: expected 2 arguments"),
+        ("amp: 1", r"recipe.yaml: amp: 1 must be true or false"),
+        ("model_kwargs: 3", r"recipe.yaml: model_kwargs: 3 must be keys with values"),
+        ("config: other.yaml", r"recipe.yaml: unknown key 'config'"),
+        ("- epochs", r"recipe.yaml holds a list; expected keys with values"),
+        ("a: [", r"recipe.yaml is no YAML"),
+    ],
+)
+def test_bad_recipes(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_train_args([*DIGITS, *_config(tmp_path, text)])
+
+
+def test_model_is_required() -> None:
+    with pytest.raises(UserError, match="--model is missing"):
+        parse_train_args(["--dataset", "digits"])

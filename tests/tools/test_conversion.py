@@ -1,0 +1,139 @@
+"""Converting checkpoints: official layouts, the one door for pickled code, and reports of what does not fit."""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from visattn_tools import conversion
+from visattn_tools.checkpoint import load_model, read_header
+from visattn_tools.cli import UserError
+
+
+class Evil:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (open, (self.path, "w"))
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return timm.create_model("test_efficientnet", num_classes=5).state_dict()
+
+
+def _convert(source: Path, *more: str) -> Path:
+    target = source.with_name("out.safetensors")
+    conversion.main([str(source), str(target), "--model", "test_efficientnet", "--num-classes", "5", *more])
+    return target
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+@pytest.mark.parametrize("key", ["", "model", "state_dict"])
+def test_wrappings(tmp_path: Path, state: dict[str, Tensor], prefix: str, key: str) -> None:
+    wrapped: dict = {prefix + name: value for name, value in state.items()}
+    if prefix.endswith("backbone."):
+        wrapped["neck.weight"] = torch.ones(2)
+    source = tmp_path / "official.pth"
+    torch.save({key: wrapped, "args": argparse.Namespace(lr=1)} if key else wrapped, source)
+    model, info = load_model(_convert(source))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert info.source == {"file": "official.pth", "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+    assert info.num_classes == 5
+    assert info.data_config["mean"]
+
+
+def test_safetensors_without_counters_and_another_precision(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    source = tmp_path / "official.safetensors"
+    floats = {name: value.half() for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    save_file(floats, source)
+    model, _ = load_model(_convert(source))
+    assert all(torch.equal(model.state_dict()[name], value.float()) for name, value in floats.items())
+
+
+def test_biformer_in_the_authors_layout(tmp_path: Path) -> None:
+    ours = timm.create_model("biformer_mini", num_classes=5).state_dict()
+    theirs = {name.replace("stem.conv1.", "downsample_layers.0.0.").replace("head.fc.", "head."): value
+              for name, value in ours.items()}  # fmt: skip
+    from visattn.models.biformer import checkpoint_filter_fn
+
+    assert callable(checkpoint_filter_fn)
+    source = tmp_path / "official.pth"
+    torch.save({"model": ours}, source)
+    target = tmp_path / "out.safetensors"
+    conversion.main([str(source), str(target), "--model", "biformer_mini", "--num-classes", "5"])
+    assert read_header(target)[0].architecture == "biformer_mini"  # type: ignore[union-attr]
+    torch.save({"model": theirs}, source)
+    with pytest.raises(UserError, match="does not fit biformer_mini"):
+        conversion.main([str(source), str(target), "--model", "biformer_mini", "--num-classes", "5"])
+
+
+def test_pickled_code_needs_the_door(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    source, trace = tmp_path / "official.pth", tmp_path / "trace"
+    torch.save({"model": state, "hook": Evil(str(trace))}, source)
+    with pytest.raises(UserError, match=r"holds more than weights; blocked: .*open.*--allow-pickle is the only door"):
+        _convert(source)
+    assert not trace.exists()
+    _convert(source, "--allow-pickle")
+    assert trace.exists()
+
+
+def test_dry_run_reports_every_key_and_writes_nothing(
+    tmp_path: Path, state: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "official.pth"
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, source)
+    assert not _convert(source, "--dry-run").exists()
+    output = capsys.readouterr().out
+    for name in state:
+        assert f"-> {name} " in output
+    assert "mapped    module.classifier.weight -> classifier.weight (5, " in output
+    assert hashlib.sha256(source.read_bytes()).hexdigest() in output
+
+
+def test_what_does_not_fit_is_reported(
+    tmp_path: Path, state: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    state["extra"] = torch.ones(3)
+    state["classifier.bias"] = torch.ones(9)
+    del state["conv_stem.weight"]
+    source = tmp_path / "official.pth"
+    torch.save(state, source)
+    with pytest.raises(UserError, match=r"fit test_efficientnet with 5 classes: 1 missing \(conv_stem.weight\)"):
+        _convert(source)
+    output = capsys.readouterr().out
+    assert "missing   conv_stem.weight" in output
+    assert "unknown   extra -> extra (3,)" in output
+    assert "shape     classifier.bias -> classifier.bias (9,), not (5,)" in output
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["official.pth", "official.safetensors"])
+def test_damaged_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04 this is not a checkpoint" * 3)
+    with pytest.raises(UserError, match=rf"SRC .*{name} is damaged or no"):
+        _convert(tmp_path / name)
+
+
+def test_bad_arguments(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    source = tmp_path / "official.pth"
+    with pytest.raises(UserError, match=r"SRC .*official.pth: no such file"):
+        _convert(source)
+    torch.save({"weights": state, "epoch": 3}, source)
+    with pytest.raises(UserError, match=r"holds no weights; choose the entry by --key"):
+        _convert(source)
+    with pytest.raises(UserError, match=r"--key ema: .* has no such entry; it has weights, epoch"):
+        _convert(source, "--key", "ema")
+    assert _convert(source, "--key", "weights").exists()
+    with pytest.raises(UserError, match=r"DST out.pth must end in .safetensors"):
+        conversion.main([str(source), "out.pth", "--model", "test_efficientnet"])
+    with pytest.raises(UserError, match=r"--model test_eficientnet: no such model; did you mean 'test_efficientnet"):
+        conversion.main([str(source), "out.safetensors", "--model", "test_eficientnet"])
