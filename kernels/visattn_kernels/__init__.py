@@ -15,11 +15,13 @@ from .bi_level_routing import (
     region_routing,
     topk_routing,
 )
+from .halo import halo_attention
 
 __all__ = [
     "POOL_MODES",
     "available_backends",
     "bi_level_routing_attention",
+    "halo_attention",
     "pool_regions",
     "region_descriptors",
     "region_routing",

@@ -2,13 +2,16 @@
 
 from .bi_level_routing import BiLevelRoutingAttention, RegionRouter, RoutingRecord, record_routing
 from .global_attention import GlobalAttention
+from .halo import HaloAttention, resize_rel_table
 from .mlp import DepthwiseMlp
 
 __all__ = [
     "BiLevelRoutingAttention",
     "DepthwiseMlp",
     "GlobalAttention",
+    "HaloAttention",
     "RegionRouter",
     "RoutingRecord",
     "record_routing",
+    "resize_rel_table",
 ]

@@ -1,5 +1,5 @@
 """The families. Importing this package registers every model with timm."""
 
-from . import biformer
+from . import biformer, halonet
 
-__all__ = ["biformer"]
+__all__ = ["biformer", "halonet"]

@@ -1,0 +1,163 @@
+"""Plain torch halo attention: the specification of the operator.
+
+Any device, any floating-point dtype, differentiable to any order, scriptable, exportable. Shapes: B batch, (H, W) map,
+b pixels per block and axis, s stride of the queries, g = b / s queries per block and axis, w = b + 2 * halo pixels per
+window and axis, (r, c) blocks in a slice of the map, N = B * r * c * heads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Logits computed at a time. On a CPU a slice stays in the cache; elsewhere it only bounds memory.
+CPU_SLICE = 2**18
+DEVICE_SLICE = 2**26
+
+
+def relative_rows(table: Tensor, queries: int, window: int, step: int) -> Tensor:
+    """Rows (queries, window, dim) of a table (2 * window - 1, dim): key u and query i read row u - step * i + window - 1.
+
+    u counts from the outer edge of the halo.
+    """
+    u = torch.arange(window, device=table.device)
+    i = torch.arange(queries, device=table.device)
+    rows = (u - step * i[:, None] + (window - 1)).reshape(-1)
+    return table.index_select(0, rows).reshape(queries, window, table.shape[1])
+
+
+def windows(x: Tensor, rows: Tensor, cols: Tensor, r: int, c: int) -> Tensor:
+    """Windows (N, w * w, dim) of a padded map (B, Hp, Wp, heads, dim) at `rows` (r * w) and `cols` (c * w).
+
+    Two selections of whole slices: their gradient adds few large slices, where that of ``unfold`` is slow.
+    """
+    B, heads, dim = x.shape[0], x.shape[3], x.shape[4]
+    w = cols.shape[0] // c
+    x = x.index_select(1, rows).index_select(2, cols)
+    x = x.reshape(B, r, w, c, w, heads, dim).permute(0, 1, 3, 5, 2, 4, 6)
+    return x.reshape(B * r * c * heads, w * w, dim)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    outside_rows: Tensor | None,
+    outside_cols: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """Attention of whole blocks of queries to their windows.
+
+    Args:
+        q: Queries (B, r * g, c * g, heads, dim).
+        k: Keys with halo (B, r * b + 2 * halo, c * b + 2 * halo, heads, dim).
+        v: Values, as `k`.
+        height_rel: (g, w, dim or dim / 2), see :func:`relative_rows`.
+        width_rel: As `height_rel`.
+        outside_rows: (r, w) True where a row of the window is masked; None for no mask.
+        outside_cols: (c, w), as `outside_rows`.
+        block_size: b.
+        scale: Factor of q k^T.
+
+    Returns:
+        (B, r * g, c * g, heads, dim_v)
+    """
+    B, heads, dim, dim_v = q.shape[0], q.shape[3], q.shape[4], v.shape[4]
+    g, w = height_rel.shape[0], height_rel.shape[1]
+    r, c = q.shape[1] // g, q.shape[2] // g
+    offsets = torch.arange(w, device=q.device)
+    rows = (block_size * torch.arange(r, device=q.device)[:, None] + offsets).reshape(-1)
+    cols = (block_size * torch.arange(c, device=q.device)[:, None] + offsets).reshape(-1)
+    keys, values = windows(k, rows, cols, r, c), windows(v, rows, cols, r, c)
+    queries = q.reshape(B, r, g, c, g, heads, dim).permute(0, 1, 3, 5, 2, 4, 6).reshape(B * r * c * heads, g, g, dim)
+
+    half = height_rel.shape[2]  # the whole query, or its first half for the height and the second for the width
+    by_row = torch.einsum("nijd,iud->niju", queries[..., :half], height_rel)
+    by_col = torch.einsum("nijd,jvd->nijv", queries[..., dim - half :], width_rel)
+    if outside_rows is not None and outside_cols is not None:
+        by_row = by_row.reshape(B, r, c, heads, g, g, w).masked_fill(
+            outside_rows.reshape(1, r, 1, 1, 1, 1, w), float("-inf")
+        )
+        by_col = by_col.reshape(B, r, c, heads, g, g, w).masked_fill(
+            outside_cols.reshape(1, 1, c, 1, 1, 1, w), float("-inf")
+        )
+        by_row, by_col = by_row.reshape(-1, g, g, w), by_col.reshape(-1, g, g, w)
+    logits = (by_row[..., :, None] + by_col[..., None, :]).reshape(B * r * c * heads, g * g, w * w)
+    # The products are added in place: logits are the largest tensor here. Autocast does not know in-place operators.
+    logits = logits.to(q.dtype).baddbmm_(queries.reshape(-1, g * g, dim), keys.transpose(1, 2), alpha=scale)
+    out = logits.softmax(dim=-1) @ values
+    out = out.reshape(B, r, c, heads, g, g, dim_v).permute(0, 1, 4, 2, 5, 3, 6)
+    return out.reshape(B, r * g, c * g, heads, dim_v)
+
+
+def outside(size: int, blocks: int, block_size: int, halo_size: int, device: torch.device) -> Tensor:
+    """(blocks, w) True where a row of the windows lies outside 0 to `size` - 1."""
+    first = block_size * torch.arange(blocks, device=device)[:, None] - halo_size
+    at = first + torch.arange(block_size + 2 * halo_size, device=device)
+    return (at < 0) | (at >= size)
+
+
+def halo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    block_size: int,
+    halo_size: int,
+    stride: int,
+    pixel_offsets: bool,
+    scale: float,
+    mask_outside: bool,
+) -> Tensor:
+    """Reference of :func:`visattn_kernels.halo_attention`; same arguments."""
+    B, H, W, heads = k.shape[0], k.shape[1], k.shape[2], k.shape[3]
+    g, w = block_size // stride, block_size + 2 * halo_size
+    r, c = (H + block_size - 1) // block_size, (W + block_size - 1) // block_size
+    Hq, Wq = q.shape[1], q.shape[2]
+    bottom, right = r * block_size - H + halo_size, c * block_size - W + halo_size
+    if Hq < r * g or Wq < c * g:
+        q = F.pad(q, (0, 0, 0, 0, 0, c * g - Wq, 0, r * g - Hq))
+    k = F.pad(k, (0, 0, 0, 0, halo_size, right, halo_size, bottom))
+    v = F.pad(v, (0, 0, 0, 0, halo_size, right, halo_size, bottom))
+    step = stride if pixel_offsets else 1
+    by_row = relative_rows(height_rel.to(q.dtype), g, w, step)
+    by_col = relative_rows(width_rel.to(q.dtype), g, w, step)
+    outside_rows: Tensor | None = None
+    outside_cols: Tensor | None = None
+    if mask_outside:
+        outside_rows = outside(H, r, block_size, halo_size, q.device)
+        outside_cols = outside(W, c, block_size, halo_size, q.device)
+
+    plain = torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if plain or B * heads == 0:  # a graph stays one piece
+        out = attend(q, k, v, by_row, by_col, outside_rows, outside_cols, block_size, scale)
+        return out[:, :Hq, :Wq]
+    row_of_blocks = heads * c * (g * w) ** 2
+    at_once = CPU_SLICE if q.device.type == "cpu" else DEVICE_SLICE
+    images = max(1, min(B, at_once // (row_of_blocks * r)))
+    block_rows = max(1, min(r, at_once // row_of_blocks))
+    maps: list[Tensor] = []
+    for b in range(0, B, images):
+        parts: list[Tensor] = []
+        for top in range(0, r, block_rows):
+            end = min(r, top + block_rows)
+            first, last = top * block_size, end * block_size + 2 * halo_size
+            parts.append(
+                attend(
+                    q[b : b + images, top * g : end * g],
+                    k[b : b + images, first:last],
+                    v[b : b + images, first:last],
+                    by_row,
+                    by_col,
+                    outside_rows[top:end] if outside_rows is not None else None,
+                    outside_cols,
+                    block_size,
+                    scale,
+                )
+            )
+        maps.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    out = maps[0] if len(maps) == 1 else torch.cat(maps, dim=0)
+    return out[:, :Hq, :Wq]
