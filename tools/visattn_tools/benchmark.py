@@ -38,7 +38,7 @@ def parser() -> Parser:
 
 def count(name: str, img_size: int | None = None) -> dict[str, Any]:
     """Parameters, and GMACs of one image: half the FLOPs of convs and matrix products by torch's counter."""
-    model = timm.create_model(name, device="meta").eval()
+    model: Any = timm.create_model(name, device="meta").eval()
     channels, *size = model.default_cfg["input_size"]
     size = [img_size, img_size] if img_size else size
     with FlopCounterMode(display=False) as counter:
@@ -53,7 +53,7 @@ def count(name: str, img_size: int | None = None) -> dict[str, Any]:
 def _step(name: str, args: Any) -> Callable[[], None]:
     """One inference or one training step of a model."""
     device = torch.device(args.device)
-    model = timm.create_model(name).to(device)
+    model: Any = timm.create_model(name).to(device)
     size = (args.img_size, args.img_size) if args.img_size else model.default_cfg["input_size"][1:]
     x = torch.randn(args.batch_size, model.default_cfg["input_size"][0], *size, device=device)
     if args.channels_last:

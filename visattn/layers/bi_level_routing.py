@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import register_notrace_function, register_notrace_module
@@ -162,7 +163,7 @@ class BiLevelRoutingAttention(nn.Module):
             )
         if param_routing and not diff_routing:
             raise ValueError("param_routing=True needs diff_routing=True: its projection would get no gradient")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.qk_dim = qk_dim
         self.scale = qk_scale or qk_dim**-0.5

@@ -1,5 +1,7 @@
 """Full self-attention over a channels-last map, with an optional local positional conv (LePE)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ class GlobalAttention(nn.Module):
             raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
         if lepe not in LEPE_SOURCES:
             raise ValueError(f"lepe={lepe!r} is not a source; use one of {', '.join(LEPE_SOURCES)}")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.lepe_of_value = lepe == "value"
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)

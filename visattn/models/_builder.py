@@ -4,7 +4,7 @@ import argparse
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm.models
 import torch
@@ -75,8 +75,8 @@ def check_fit(state_dict: StateDict, model: nn.Module, variant: str) -> None:
     Raises:
         RuntimeError: They do not; the message names `variant` and the first entries.
     """
-    target = model.state_dict()
-    adapted = (model.pretrained_cfg["first_conv"] + ".weight", model.pretrained_cfg["classifier"])
+    target, cfg = model.state_dict(), cast(dict[str, Any], model.pretrained_cfg)
+    adapted = (cfg["first_conv"] + ".weight", cfg["classifier"])
     # torch itself supplies the step counters of batch norms that old or exported files lack.
     needed = [k for k in target if not k.endswith(".num_batches_tracked")]
     missing = [k for k in needed if k not in state_dict and not k.startswith(NEW_PARTS)]
@@ -103,8 +103,9 @@ def _checked(filter_fn: Callable[[StateDict, nn.Module], StateDict], variant: st
     def convert(state_dict: StateDict, model: nn.Module) -> StateDict:
         state_dict = filter_fn(state_dict, model)
         # timm keeps or drops the classifier by what the config says the file has; the file knows better.
-        head = state_dict.get(model.pretrained_cfg["classifier"] + ".weight")
-        model.pretrained_cfg["num_classes"] = 0 if head is None else head.shape[0]
+        cfg = cast(dict[str, Any], model.pretrained_cfg)
+        head = state_dict.get(cfg["classifier"] + ".weight")
+        cfg["num_classes"] = 0 if head is None else head.shape[0]
         check_fit(state_dict, model, variant)
         return state_dict
 
@@ -167,7 +168,7 @@ def build_model(
     elif file:
         overlay["file"] = file
     try:
-        model = build_model_with_cfg(
+        model: Any = build_model_with_cfg(
             model_cls,
             variant,
             pretrained,

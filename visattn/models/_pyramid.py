@@ -1,5 +1,8 @@
 """The timm contract of four-stage pyramids, once for all families."""
 
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
 import torch
 from timm.layers import register_notrace_function
 from timm.models import checkpoint_seq
@@ -33,7 +36,7 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> None:
         _refuse_images(x, in_chans, weight)
 
 
-def _head_width(head: nn.Module) -> int:
+def _head_width(head: Any) -> int:
     """Width of the features before the classifier; ClassifierHead tells it from timm 1.0.27 on."""
     return head.num_features if hasattr(head, "num_features") else head.in_features * head.global_pool.feat_mult()
 
@@ -52,7 +55,11 @@ class PyramidStage(nn.Module):
     """
 
     def __init__(
-        self, downsample: nn.Module, blocks: list[nn.Module], norm: nn.Module | None = None, channels_last: bool = False
+        self,
+        downsample: nn.Module,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module | None = None,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
@@ -95,6 +102,12 @@ class PyramidBackbone(nn.Module):
         (B, in_chans, H, W) -> (B, num_classes)
     """
 
+    if TYPE_CHECKING:  # TorchScript would read annotations that exist at run time
+        stem: nn.Module
+        stages: nn.Sequential
+        norm: nn.Module
+        head: Any
+
     def __init__(self, num_classes: int, in_chans: int, drop_rate: float) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -115,8 +128,9 @@ class PyramidBackbone(nn.Module):
     def init_weights(self) -> None:
         """(Re-)initialise every parameter and buffer; also after ``to_empty()``."""
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
         for name, module in self.named_modules():
             self.init_module(module, name)
 
@@ -146,7 +160,7 @@ class PyramidBackbone(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in backward instead of keeping them."""
-        for stage in self.stages:
+        for stage in cast(Iterable[PyramidStage], self.stages):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore

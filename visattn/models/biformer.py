@@ -212,7 +212,7 @@ class BiFormer(PyramidBackbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_classes, in_chans, drop_rate)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         n = len(depths)
         dims = _per_stage(tuple(embed_dims), "embed_dims", n)
         qk_dims = _per_stage(qk_dims, "qk_dims", n) if qk_dims is not None else dims
@@ -251,7 +251,7 @@ class BiFormer(PyramidBackbone):
         for i, kind in enumerate(attn_types):
             if kind not in ATTN_TYPES:
                 raise ValueError(f"attn_types[{i}]={kind!r} is not a token mixer; use one of {', '.join(ATTN_TYPES)}")
-        drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i in range(n):
             downsample = OverlapDownsample if overlap_embed else PatchDownsample

@@ -25,6 +25,9 @@ torch.library.define(
 )
 
 
+Pair = tuple[int, int]
+
+
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -59,13 +62,24 @@ def _split_pad(grad: Tensor, map_size: tuple[int, int], pad: Tensor | None) -> t
 
 
 def _forward(
-    q, k, v, indices, weights, pad_k, pad_v, num_regions, region_size, kv_num_regions, kv_region_size, scale
-) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    weights: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    num_regions: Pair,
+    region_size: Pair,
+    kv_num_regions: Pair,
+    kv_region_size: Pair,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     map_size, dtype, work = (q.shape[1], q.shape[2]), q.dtype, _accumulation_dtype(q)
     q = to_regions(q, num_regions, region_size, None)
     k = to_regions(k, kv_num_regions, kv_region_size, pad_k)
     v = to_regions(v, kv_num_regions, kv_region_size, pad_v)
-    indices, weights = _per_head(indices), _per_head(weights)
+    indices, weights = indices[:, None] if indices.dim() == 3 else indices, _per_head(weights)
     B, heads, regions, r, dim = q.shape
     q = q.reshape(B * heads, regions, r, dim)
     out = q.new_empty(B * heads, regions, r, v.shape[-1])
@@ -83,9 +97,22 @@ def _forward(
 
 
 def _backward(
-    grad_out, q, k, v, out, lse, indices, weights, pad_k, pad_v,
-    num_regions, region_size, kv_num_regions, kv_region_size, scale,
-) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def] # fmt: skip
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    indices: Tensor,
+    weights: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    num_regions: Pair,
+    region_size: Pair,
+    kv_num_regions: Pair,
+    kv_region_size: Pair,
+    scale: float,
+) -> tuple[Tensor, ...]:
     map_size, kv_map_size, work = (q.shape[1], q.shape[2]), (k.shape[1], k.shape[2]), _accumulation_dtype(q)
     kv_padded = (kv_num_regions[0] * kv_region_size[0], kv_num_regions[1] * kv_region_size[1])
     delta = (grad_out.to(work) * out.to(work)).sum(-1, keepdim=True)  # (B, H, W, heads, 1)
@@ -94,7 +121,7 @@ def _backward(
     qs, grads, lses, deltas = (x.reshape(B * heads, regions, r, x.shape[-1]).to(work) for x in tiles)
     ks = to_regions(k, kv_num_regions, kv_region_size, pad_k)
     vs = to_regions(v, kv_num_regions, kv_region_size, pad_v)
-    indices, factors = _per_head(indices), _per_head(weights)
+    indices, factors = indices[:, None] if indices.dim() == 3 else indices, _per_head(weights)
     kv_regions, t, topk = ks.shape[2], ks.shape[3], indices.shape[-1]
     dq = torch.empty_like(qs)
     dk = qs.new_zeros(B * heads * kv_regions, t * dim)
@@ -114,7 +141,7 @@ def _backward(
         rows = (picked + first_row).reshape(-1)
         dkeys = dkeys.reshape(rows.numel(), t * dim)
         dvalues = dvalues.reshape(rows.numel(), t * vs.shape[-1])
-        if factor is not None:
+        if factor is not None and dw is not None:
             plain_keys = gather_regions(ks, picked, None).to(work).reshape(dkeys.shape)
             plain_values = gather_regions(vs, picked, None).to(work).reshape(dvalues.shape)
             dot = (dkeys * plain_keys).sum(-1) + (dvalues * plain_values).sum(-1)
@@ -130,7 +157,7 @@ def _backward(
     ]
     dk_map, dpad_k = _split_pad(full[0], kv_map_size, pad_k)
     dv_map, dpad_v = _split_pad(full[1], kv_map_size, pad_v)
-    if weights is None:
+    if weights is None or dw is None:
         dweights = q.new_empty(0)
     else:
         dweights = (dw.sum(dim=1) if weights.dim() == 3 else dw).to(weights.dtype)
