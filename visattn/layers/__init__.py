@@ -3,6 +3,7 @@
 from .bi_level_routing import BiLevelRoutingAttention, RegionRouter, RoutingRecord, record_routing
 from .global_attention import GlobalAttention
 from .halo import HaloAttention, resize_rel_table
+from .large_kernel import LargeKernelAttention, LargeKernelGate
 from .mlp import DepthwiseMlp
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "DepthwiseMlp",
     "GlobalAttention",
     "HaloAttention",
+    "LargeKernelAttention",
+    "LargeKernelGate",
     "RegionRouter",
     "RoutingRecord",
     "record_routing",

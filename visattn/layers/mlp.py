@@ -7,30 +7,45 @@ from torch import Tensor, nn
 
 
 class DepthwiseMlp(nn.Module):
-    """Linear, 3x3 depthwise conv, GELU, linear, on a channels-last map.
+    """Linear, 3x3 depthwise conv, GELU, linear.
 
     Args:
         in_features: Input and output width.
         hidden_features: Width between the linear layers.
+        drop: Dropout after the activation and after the last layer.
+        use_conv: 1x1 convs on (B, C, H, W) instead of linear layers on (B, H, W, C), for blocks of convs, which then
+            run in either memory format without a permutation.
 
     Shape:
-        (B, H, W, in_features) -> (B, H, W, in_features)
+        (B, H, W, in_features) -> (B, H, W, in_features), channels second with `use_conv`
     """
 
     def __init__(
         self,
         in_features: int,
         hidden_features: int,
+        drop: float = 0.0,
+        use_conv: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(in_features, hidden_features, **dd)
+
+        def pointwise(dim: int, out_dim: int) -> nn.Module:
+            return nn.Conv2d(dim, out_dim, 1, **dd) if use_conv else nn.Linear(dim, out_dim, **dd)
+
+        self.use_conv = use_conv
+        self.fc1 = pointwise(in_features, hidden_features)
         self.dwconv = nn.Conv2d(hidden_features, hidden_features, 3, padding=1, groups=hidden_features, **dd)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_features, in_features, **dd)
+        self.drop = nn.Dropout(drop)
+        self.fc2 = pointwise(hidden_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(self.act(x))
+        x = self.fc1(x)
+        if self.use_conv:
+            x = self.dwconv(x)
+        else:
+            x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.drop(self.fc2(self.drop(self.act(x))))

@@ -1,5 +1,5 @@
 """The families. Importing this package registers every model with timm."""
 
-from . import biformer, halonet
+from . import biformer, halonet, van
 
-__all__ = ["biformer", "halonet"]
+__all__ = ["biformer", "halonet", "van"]

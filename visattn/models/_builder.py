@@ -56,14 +56,16 @@ def weights_cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
 
 def unwrap(state_dict: dict[str, Any], prefixes: tuple[str, ...] = ("module.", "backbone.")) -> StateDict:
     """The weights inside a training checkpoint: the entry ``model`` or ``state_dict`` if there is one, then without
-    wrapper prefixes. Entries under other prefixes than ``backbone.`` (a detector's heads) go when there is a backbone.
+    wrapper prefixes. Entries under other prefixes than ``backbone.`` (a detector's heads) go when there is a backbone,
+    but for ``head.fc.``, mmpretrain's classifier.
     """
     for key in ("model", "state_dict"):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
     for prefix in prefixes:
         if any(key.startswith(prefix) for key in state_dict):
-            state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            kept = (prefix, "head.fc.")
+            state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(kept)}
     return state_dict
 
 

@@ -36,6 +36,26 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> None:
         _refuse_images(x, in_chans, weight)
 
 
+def per_stage(value: Any, name: str, stages: int) -> tuple:
+    """One value per stage of an argument that may be given once for all.
+
+    Args:
+        value: A tuple or list of one entry per stage, or anything else for all stages.
+        name: Name of the argument, for the message.
+        stages: Number of stages.
+
+    Returns:
+        Tuple of `stages` values.
+
+    Raises:
+        ValueError: Another number of entries.
+    """
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * stages
+    if len(values) != stages:
+        raise ValueError(f"{name}={value!r} has {len(values)} entries; expected one value or {stages}, one per stage")
+    return values
+
+
 def _head_width(head: Any) -> int:
     """Width of the features before the classifier; ClassifierHead tells it from timm 1.0.27 on."""
     return head.num_features if hasattr(head, "num_features") else head.in_features * head.global_pool.feat_mult()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..layers import BiLevelRoutingAttention, DepthwiseMlp, GlobalAttention
 from ._builder import StateDict, build_model, register_model, unwrap, weights_cfg
-from ._pyramid import PyramidBackbone, PyramidStage
+from ._pyramid import PyramidBackbone, PyramidStage, per_stage
 
 __all__ = ["BiFormer"]
 
@@ -124,13 +124,6 @@ class BiFormerBlock(nn.Module):
         return self.norm2(x + self.drop_path(self.ls2(self.mlp(x))))
 
 
-def _per_stage(value: Any, name: str, stages: int) -> tuple:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * stages
-    if len(values) != stages:
-        raise ValueError(f"{name}={value!r} has {len(values)} entries; expected one value or {stages}, one per stage")
-    return values
-
-
 class BiFormer(PyramidBackbone):
     """BiFormer backbone and classifier.
 
@@ -214,11 +207,11 @@ class BiFormer(PyramidBackbone):
         super().__init__(num_classes, in_chans, drop_rate)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         n = len(depths)
-        dims = _per_stage(tuple(embed_dims), "embed_dims", n)
-        qk_dims = _per_stage(qk_dims, "qk_dims", n) if qk_dims is not None else dims
-        attn_types = _per_stage(attn_types, "attn_types", n)
-        regions, topks = _per_stage(num_regions, "num_regions", n), _per_stage(topk, "topk", n)
-        ratios, pools = _per_stage(mlp_ratio, "mlp_ratio", n), _per_stage(kv_pool_size, "kv_pool_size", n)
+        dims = per_stage(tuple(embed_dims), "embed_dims", n)
+        qk_dims = per_stage(qk_dims, "qk_dims", n) if qk_dims is not None else dims
+        attn_types = per_stage(attn_types, "attn_types", n)
+        regions, topks = per_stage(num_regions, "num_regions", n), per_stage(topk, "topk", n)
+        ratios, pools = per_stage(mlp_ratio, "mlp_ratio", n), per_stage(kv_pool_size, "kv_pool_size", n)
         self.linear_init = linear_init
 
         def mixer(i: int) -> nn.Module:
