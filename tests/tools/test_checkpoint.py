@@ -1,5 +1,7 @@
 """Files of weights and states: what they say, how they load, and what happens to broken ones."""
 
+import resource
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,21 @@ def test_a_full_disk_is_an_error_of_the_user(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"cannot write .*file.txt: No space left on device"):
         write()
+
+
+@pytest.mark.parametrize("kind", ["weights", "state"])
+def test_a_disk_that_fills_up_keeps_the_old_checkpoint(weights: Path, tmp_path: Path, kind: str) -> None:
+    path = weights if kind == "weights" else tmp_path / "state.pt"
+    if kind == "state":
+        save_state(path, {"epoch": 1, "model": {}, "optimizer": {}, "config": {}})
+    state = timm.create_model("test_resnet", num_classes=3).state_dict()
+    write = {"weights": partial(save_weights, path, state, INFO), "state": partial(save_state, path, {"model": state})}
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=rf"cannot write .*{path.name}: "):
+            write[kind]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -59,21 +60,36 @@ def test_safetensors_without_counters_and_another_precision(tmp_path: Path, stat
     assert all(torch.equal(model.state_dict()[name], value.float()) for name, value in floats.items())
 
 
-def test_biformer_in_the_authors_layout(tmp_path: Path) -> None:
-    ours = timm.create_model("biformer_mini", num_classes=5).state_dict()
-    theirs = {name.replace("stem.conv1.", "downsample_layers.0.0.").replace("head.fc.", "head."): value
-              for name, value in ours.items()}  # fmt: skip
-    from visattn.models.biformer import checkpoint_filter_fn
+def _authors_name(name: str) -> str:
+    for ours, theirs in (
+        (r"^stem\.conv1", "downsample_layers.0.0"),
+        (r"^stem\.norm1", "downsample_layers.0.1"),
+        (r"^stem\.conv2", "downsample_layers.0.3"),
+        (r"^stem\.norm2", "downsample_layers.0.4"),
+        (r"^stages\.(\d)\.downsample\.conv", r"downsample_layers.\1.0"),
+        (r"^stages\.(\d)\.downsample\.norm", r"downsample_layers.\1.1"),
+        (r"^stages\.(\d)\.blocks\.", r"stages.\1."),
+        (r"^(stages\.[012].*attn)\.qkv", r"\1.qkv.qkv"),
+        (r"^(stages\.[012].*attn)\.proj", r"\1.wo"),
+        (r"mlp\.fc1", "mlp.0"),
+        (r"mlp\.fc2", "mlp.3"),
+        (r"^head\.fc", "head"),
+    ):
+        name = re.sub(ours, theirs, name)
+    return name
 
-    assert callable(checkpoint_filter_fn)
-    source = tmp_path / "official.pth"
-    torch.save({"model": ours}, source)
-    target = tmp_path / "out.safetensors"
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_biformer_in_the_authors_layout(tmp_path: Path, prefix: str) -> None:
+    ours = timm.create_model("biformer_mini", num_classes=5).state_dict()
+    source, target = tmp_path / "official.pth", tmp_path / "out.safetensors"
+    torch.save({"model": {prefix + _authors_name(name): value for name, value in ours.items()}}, source)
     conversion.main([str(source), str(target), "--model", "biformer_mini", "--num-classes", "5"])
-    assert read_header(target)[0].architecture == "biformer_mini"  # type: ignore[union-attr]
-    torch.save({"model": theirs}, source)
-    with pytest.raises(UserError, match="does not fit biformer_mini"):
-        conversion.main([str(source), str(target), "--model", "biformer_mini", "--num-classes", "5"])
+    model = timm.create_model("biformer_mini", num_classes=5, checkpoint_path=str(target))
+    assert all(torch.equal(value, ours[name]) for name, value in model.state_dict().items())
+    info, _ = read_header(target)
+    assert info is not None
+    assert info.architecture == "biformer_mini"
 
 
 def test_pickled_code_needs_the_door(tmp_path: Path, state: dict[str, Tensor]) -> None:

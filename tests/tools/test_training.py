@@ -91,9 +91,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 
 def test_a_finished_run_can_be_prolonged_by_its_path(flags: Flags, tmp_path: Path) -> None:
-    training.main(flags("run", "--epochs", 1, "--sched", "constant", "--warmup-epochs", 0))
+    training.main(flags("run", "--epochs", 1, "--sched", "step", "--warmup-epochs", 0))
     state = _run(tmp_path, "run") / "checkpoints" / "state.pt"
-    training.main(flags("ignored", "--epochs", 2, "--sched", "constant", "--warmup-epochs", 0, "--resume", state))
+    training.main(flags("ignored", "--epochs", 2, "--sched", "step", "--warmup-epochs", 0, "--resume", state))
     assert load_state(state)["epoch"] == 2
     assert not _run(tmp_path, "ignored").exists()
 
@@ -147,7 +147,7 @@ def test_a_checkpoint_to_start_from(flags: Flags, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(flags: Flags) -> None:
     with pytest.raises(UserError, match=r"the loss became (nan|inf) in epoch .* at learning rate .*; use a lower --lr"):
-        training.main(flags("run", "--opt", "sgd", "--lr", 100, "--sched", "constant", "--warmup-epochs", 0,
+        training.main(flags("run", "--opt", "sgd", "--lr", 100, "--sched", "step", "--warmup-epochs", 0,
                             "--momentum", 0.99, "--epochs", 30, "--smoothing", 0))  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def _first_epoch(flags: list[str]) -> dict[str, torch.Tensor]:
 
 def test_accumulated_gradients_equal_those_of_a_large_batch(flags: Flags) -> None:
     common = ["--model", "test_vit", "--model-kwargs", "img_size=32", "--epochs", "1", "--opt", "sgd", "--lr", "0.1"]
-    common += ["--sched", "constant", "--warmup-epochs", "0", "--clip-grad", "0.5"]
+    common += ["--sched", "step", "--warmup-epochs", "0", "--clip-grad", "0.5"]
     large = _first_epoch([*flags("large"), *common, "--batch-size", "6"])
     small = _first_epoch([*flags("small"), *common, "--batch-size", "2", "--grad-accum-steps", "3"])
     assert all(torch.allclose(large[key], small[key], atol=1e-6) for key in large)

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,20 @@ class ModelInfo:
     source: dict[str, Any] = field(default_factory=dict)
 
 
+def _writing(write: Callable[..., None], *arguments: Any) -> None:
+    # Both writers report a full disk in a manner of their own.
+    try:
+        write(*arguments)
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(str(error)) from error
+
+
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], info: ModelInfo) -> None:
     """Write weights atomically as safetensors, `info` in the header as JSON."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
     metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in asdict(info).items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        _writing(save_file, tensors, temporary, metadata)
 
 
 def read_header(path: Path) -> tuple[ModelInfo | None, dict[str, tuple[int, ...]]]:
@@ -123,7 +131,7 @@ def load_model(
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write the state of a run atomically: tensors, numbers, strings, lists, tuples and dicts only."""
     with replacing(path) as temporary:
-        torch.save(state, temporary)
+        _writing(torch.save, state, temporary)
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The flags of ``tools/train.py``, named as timm's ``train.py`` names them, and their YAML form."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,6 @@ def train_parser() -> Parser:
     add("--experiment", metavar="NAME", help="name of the run folder; default: <time>-<model>")
     add("--overwrite", action=switch, default=False, help="replace the run in an existing run folder")
     add("--resume", metavar="PATH|auto", help="go on with the run in this folder; auto: with --experiment's, if there")
-    add(
-        "--log-interval", type=number(float, 0, above=True), default=20.0, metavar="SECONDS", help="between plain lines"
-    )
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of everything random")
 
     add = parser.add_argument_group("data").add_argument
@@ -99,7 +97,11 @@ def train_parser() -> Parser:
     add("--warmup-epochs", type=number(int, 0), default=5, help="epochs of the linear rise")
     add("--warmup-prefix", action=switch, default=False, help="warm up before --epochs, not within")
     add("--cooldown-epochs", type=number(int, 0), default=0, help="epochs at --min-lr after the schedule")
-    add("--decay-epochs", type=number(float, 0, above=True), help="step: between decays; wsd: length of the decay")
+    add(
+        "--decay-epochs",
+        type=number(float, 0, above=True),
+        help="step: interval, 90; wsd: length, a fifth of all",
+    )
     add("--decay-milestones", type=_COUNT, nargs="+", default=[90, 180, 270], help="multistep: epochs of the decays")
     add("--decay-rate", type=_NOT_NEGATIVE, default=0.1, help="step and multistep: factor; poly: power")
 
@@ -190,6 +192,8 @@ def _words(path: Path, key: str, value: Any, action: argparse.Action) -> list[st
 
 
 def _check(args: argparse.Namespace) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("torchrun: training with several processes is not supported yet; start it with python")
     if not args.model:
         raise UserError("--model is missing; name a model, for example --model biformer_t")
     check_model_name(args.model)
@@ -214,6 +218,8 @@ def _check(args: argparse.Namespace) -> None:
     check_device(args.device)
     if args.amp and args.amp_dtype == "float16" and not args.device.startswith("cuda"):
         raise UserError(f"--amp-dtype float16 needs --device cuda, got {args.device}; use bfloat16")
+    if args.decay_epochs is None:
+        args.decay_epochs = 0.2 * args.epochs if args.sched == "wsd" else 90
     if args.resume == "auto" and not args.experiment:
         raise UserError("--resume auto needs --experiment, the name of the run to go on with")
     if args.resume and args.overwrite:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -97,10 +98,15 @@ class Engine:
         self.train_batches = train_loader(data.train, args, data_config, self.device)
         self.test_batches = test_loader(data.test, args, data_config, self.device)
         self.updates_per_epoch = math.ceil(len(self.train_batches) / args.grad_accum_steps)
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
-        self.scheduler, self.epochs = create_scheduler_v2(
-            self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch
-        )
+        try:
+            self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
+            self.scheduler, self.epochs = create_scheduler_v2(
+                self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch
+            )
+        except (ValueError, AssertionError, TypeError) as error:
+            raise UserError(f"--opt {args.opt} with --sched {args.sched}: {error}") from error
+        if self.scheduler is None:
+            raise UserError(f"--sched {args.sched}: the installed timm {timm.__version__} does not know it")
         self.scaler = NativeScaler(self.device.type) if args.amp and args.amp_dtype == "float16" else None
         self.mixup, self.loss = _mixup_and_loss(args, len(data.class_names))
         # The compiled module shares the parameters; state and weights are taken from the plain one.
@@ -139,7 +145,7 @@ class Engine:
         total, count = torch.zeros((), device=self.device), 0
         batches, steps = len(self.train_batches), self.args.grad_accum_steps
         label = f"epoch {self.epoch + 1:>{len(str(self.epochs))}}/{self.epochs}"
-        with Progress(label, batches * self.args.batch_size, plain_interval=self.args.log_interval) as progress:
+        with Progress(label, batches * self.args.batch_size) as progress:
             for i, (images, targets) in enumerate(self.train_batches):
                 stop.check()
                 group = min(steps, batches - i // steps * steps)  # the last group may be smaller
@@ -201,7 +207,7 @@ class Engine:
         # The average has parameters of its own, which the compiled model does not see.
         call = self.weights if self.ema else self.call
         parts: list[tuple[Tensor, ...]] = []
-        with Progress("testing", len(self.data.test), plain_interval=self.args.log_interval) as progress:
+        with Progress("testing", len(self.data.test)) as progress:
             for images, targets in self.test_batches:
                 if stop:
                     stop.check()

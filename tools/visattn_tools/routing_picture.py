@@ -42,7 +42,7 @@ def draw_routing(model: nn.Module, pictures: Sequence[Image.Image], data_config:
     columns = 1 + len(stages)
     figure = Figure(figsize=(2.1 * columns, 2.1 * height / width * len(pictures) + 0.8), layout="constrained")
     grid = figure.subplots(len(pictures), columns, squeeze=False)
-    figure.suptitle("Which regions the marked region (red) attends to", fontsize=12, x=0.01, ha="left")
+    figure.suptitle("Regions (orange) that the marked region (red) attends to", fontsize=12, x=0.01, ha="left")
     for row, pixels in enumerate(shown):
         point = _busiest(pixels, next(iter(stages.values())))
         _show(grid[row, 0], pixels, "image" if row == 0 else "")

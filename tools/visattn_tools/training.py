@@ -55,8 +55,8 @@ def train(args: argparse.Namespace) -> RunFolder:
     if args.lr is None:
         share = args.batch_size * args.grad_accum_steps / args.lr_base_size
         args.lr = args.lr_base * (share**0.5 if args.lr_base_scale == "sqrt" else share)
-    folder.create(args, fresh=state is None)
     engine = Engine(model, data, data_config, args)
+    folder.create(args, fresh=state is None)
     info = ModelInfo(args.model, len(data.class_names), args.model_kwargs, data.class_names, data_config)
     _Run(args, folder, engine, info).fit(state)
     return folder
@@ -157,6 +157,12 @@ class _Run:
             f"visattn {visattn.__version__}, torch {torch.__version__}"
         )
         print(f"run folder: {folder.path}", flush=True)
+        window, updates = 1 / max(1 - self.args.model_ema_decay, 1e-9), engine.updates_per_epoch * engine.epochs
+        if engine.ema and updates < window and not self.args.model_ema_warmup:
+            print(
+                f"note: the average of --model-ema-decay {self.args.model_ema_decay} spans about {window:.0f} updates "
+                f"and the run has {updates}: it will hold on to the start; lower it or add --model-ema-warmup"
+            )
         folder.log("resume" if state else "start", argv=sys.argv[1:], torch=torch.__version__, timm=timm.__version__)
         start = time.monotonic()
         with StopSignals() as stop:
@@ -168,8 +174,9 @@ class _Run:
                     self._save_state()  # so that an interruption at any time leaves something to resume
                 while engine.epoch < engine.epochs:
                     self._epoch(stop)
-            except (Interrupted, RuntimeError):
-                # A signal to the whole process group kills the loader's workers, too, and torch reports that first.
+            except Exception:
+                # A signal to the whole process group kills the loader's workers, too, and the loader may report that
+                # first, in many ways.
                 time.sleep(0.2)
                 if stop.received is None:
                     raise
