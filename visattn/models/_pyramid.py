@@ -259,15 +259,17 @@ class PyramidBackbone(nn.Module):
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         cut = max_index < len(self.stages) - 1
+        width = self.feature_info[max_index]["num_chs"]
         self.stages = self.stages[: max_index + 1]
         if prune_norm or cut:
             self.norm = nn.Identity()
+            cut = cut or width != self.num_features  # without a final conv the classifier fits as little
         if self.output_norms is not None:
             for i in range(len(self.output_norms)):
                 if i not in take_indices:
                     self.output_norms[i] = nn.Identity()
         if cut:
-            self.num_features = self.head.in_features = self.feature_info[max_index]["num_chs"]
+            self.num_features = self.head.in_features = width
         if prune_head or cut:
             self.reset_classifier(0, "")
         return take_indices
