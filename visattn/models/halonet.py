@@ -3,8 +3,8 @@
 ResNet bottlenecks whose 3x3 conv is replaced by halo attention: blocks of pixels attend to their block and a band
 around it. Two families share one class:
 
-- ``halonet_h0_256`` to ``halonet_h7_600``, ``halonet_50``, ``halonet_h4_wide`` and hybrids follow the paper. Neither code
-  nor weights were published. Where the paper is silent this module assumes: ResNet order of norm and activation,
+- ``halonet_h0_256`` to ``halonet_h7_600``, ``halonet_50``, ``halonet_h4_wide`` and hybrids follow the paper. Neither
+  code nor weights were published. Where the paper is silent this module assumes: ResNet order of norm and activation,
   projection shortcuts, keys outside the image unmasked, ImageNet mean and crop. Parameter counts match the paper's
   table, but for H3, see there.
 - ``halonet_26t``, ``halonet_50ts``, ``sehalonet_33ts``, ``eca_halonext_26ts``, ``halo_regnetz_b`` are timm's hybrids of
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ..layers import HaloAttention, resize_rel_table
 from ._builder import StateDict, build_model, register_model, unwrap, weights_cfg
-from ._pyramid import PyramidBackbone, PyramidStage
+from ._pyramid import PyramidBackbone, PyramidStage, per_stage
 
 __all__ = ["HaloNet"]
 
@@ -140,7 +140,7 @@ class HaloNet(PyramidBackbone):
         stem_type: See :class:`HaloNetStem`.
         stem_dim: Width of the stem.
         final_dim: Width of the final 1x1 conv; 0 for none.
-        num_heads: Attention heads per stage.
+        num_heads: Attention heads, one number or one per stage.
         dim_head: Width of a head's queries and keys. Default: by `qk_ratio`.
         qk_ratio: Width of queries and keys over the width inside the bottleneck, rounded to a multiple of 8 if not 1.
         value_ratio: Width of the values over the width inside the bottleneck.
@@ -177,7 +177,7 @@ class HaloNet(PyramidBackbone):
         stem_type: str = "7x7",
         stem_dim: int = 64,
         final_dim: int = 0,
-        num_heads: tuple[int, ...] = (4, 8, 8, 8),
+        num_heads: int | tuple[int, ...] = (4, 8, 8, 8),
         dim_head: int | None = None,
         qk_ratio: float = 1.0,
         value_ratio: float = 1.0,
@@ -205,9 +205,9 @@ class HaloNet(PyramidBackbone):
             raise ValueError(f"stem_type={stem_type!r} is not a stem; use one of {', '.join(STEMS)}")
         if gate is not None and gate not in GATES:
             raise ValueError(f"gate={gate!r} is not a channel gate; use None or one of {', '.join(GATES)}")
-        for name, value in (("embed_dims", embed_dims), ("mid_dims", mid_dims), ("num_heads", num_heads)):
-            if value is not None and len(value) != len(layout):
-                raise ValueError(f"{name}={value} has {len(value)} entries; layout={layout} has {len(layout)} stages")
+        dims = per_stage(embed_dims, "embed_dims", len(layout))
+        mids = per_stage(mid_dims, "mid_dims", len(layout))
+        heads = per_stage(num_heads, "num_heads", len(layout))
         for kinds in layout:
             if not kinds or set(kinds) - set("ch"):
                 raise ValueError(f"layout={layout} must have a string of the letters 'c' and 'h' per stage")
@@ -224,17 +224,17 @@ class HaloNet(PyramidBackbone):
                 )
             return mixer
 
-        def halo_mixer(dim: int, out_dim: int, stride: int, heads: int) -> nn.Sequential:
-            if heads < 1 or dim % heads:
-                raise ValueError(f"num_heads={heads} must divide the width {dim} of its stage")
+        def halo_mixer(dim: int, out_dim: int, stride: int, num_heads: int) -> nn.Sequential:
+            if num_heads < 1 or dim % num_heads:
+                raise ValueError(f"num_heads={num_heads} must divide the width {dim} of its stage")
             qk_dim = dim if qk_ratio == 1.0 else make_divisible(dim * qk_ratio, 8)
             mixer = nn.Sequential()
             attn = HaloAttention(
                 dim,
                 out_dim,
                 stride,
-                heads,
-                dim_head or qk_dim // heads,
+                num_heads,
+                dim_head or qk_dim // num_heads,
                 block_size,
                 halo_size,
                 rel_pos=rel_pos,
@@ -254,22 +254,20 @@ class HaloNet(PyramidBackbone):
             blocks: list[nn.Module] = []
             for j, kind in enumerate(kinds):
                 stride = 2 if j == 0 and (i > 0 or stem_type == "3x3") else 1
-                mid = mid_dims[i] if mid_dims is not None else make_divisible(dim * expand_ratio, 8)
+                mid = mids[i] or make_divisible(dim * expand_ratio, 8)
                 out = round(mid * value_ratio) if kind == "h" else mid
-                mixer = halo_mixer(mid, out, stride, num_heads[i]) if kind == "h" else conv_mixer(mid, stride)
+                mixer = halo_mixer(mid, out, stride, heads[i]) if kind == "h" else conv_mixer(mid, stride)
                 drop_path = drop_paths[i][j]
                 blocks.append(
-                    HaloNetBlock(
-                        dim, embed_dims[i], mid, mixer, out, stride, proj_shortcut, linear_out, act, drop_path, **dd
-                    )
+                    HaloNetBlock(dim, dims[i], mid, mixer, out, stride, proj_shortcut, linear_out, act, drop_path, **dd)
                 )
-                dim = embed_dims[i]
+                dim = dims[i]
             stages.append(PyramidStage(nn.Identity(), blocks))
         self.stem = HaloNetStem(in_chans, stem_dim, stem_type, act, **dd)
         self.stages = nn.Sequential(*stages)
         self.norm = ConvNormAct(dim, final_dim, 1, act_layer=act, **dd) if final_dim else nn.Identity()
         self.head = ClassifierHead(final_dim or dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.finish(tuple(embed_dims))
+        self.finish(dims)
         self.num_features = final_dim or dim
 
     def init_module(self, module: nn.Module, name: str) -> None:
@@ -354,8 +352,8 @@ def checkpoint_filter_fn(
             if out[key].shape[0] != 2 * old[0] - 1:
                 raise RuntimeError(
                     f"{key} has {out[key].shape[0]} rows, of a window of {(out[key].shape[0] + 1) // 2} pixels; the "
-                    f"model has {new[0]} and its published weights {old[0]}. Create the model with the block_size and "
-                    f"halo_size of the file, load, then call model.set_block_size({layer.block_size}, {layer.halo_size})"
+                    f"model has {new[0]} and its published weights {old[0]}. Create the model with block_size and "
+                    f"halo_size of the file, then call model.set_block_size({layer.block_size}, {layer.halo_size})"
                 )
             out[key] = resize_rel_table(out[key], old, new)
     return out
@@ -450,13 +448,13 @@ def _paper(
 
 @register_model
 def halonet_h0_256(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H0: 5.5 M parameters, 2.3 GMACs at 256 px. Top-1 reported in a figure only. No weights are published."""
+    """HaloNet-H0: 5.5 M parameters, 2.3 GMACs at 256 px. Top-1 in a figure only. No weights published."""
     return _create_halonet("halonet_h0_256", pretrained, _paper(7, 0.5), kwargs)
 
 
 @register_model
 def halonet_h1_256(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H1: 8.1 M parameters, 2.9 GMACs at 256 px. Top-1 reported in a figure only. No weights are published.
+    """HaloNet-H1: 8.1 M parameters, 2.9 GMACs at 256 px. Top-1 in a figure only. No weights published.
 
     timm's ``halonet_h1`` is another model: 8 heads everywhere, ReLU, unscaled summed embeddings.
     """
@@ -465,13 +463,13 @@ def halonet_h1_256(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def halonet_h2_256(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H2: 9.4 M parameters, 3.3 GMACs at 256 px. Top-1 reported in a figure only. No weights are published."""
+    """HaloNet-H2: 9.4 M parameters, 3.2 GMACs at 256 px. Top-1 in a figure only. No weights published."""
     return _create_halonet("halonet_h2_256", pretrained, _paper(11, 1.25), kwargs)
 
 
 @register_model
 def halonet_h3_320(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H3: 11.8 M parameters, 6.1 GMACs at 320 px. Top-1 reported in a figure only. No weights are published.
+    """HaloNet-H3: 11.8 M parameters, 6.0 GMACs at 320 px. Top-1 in a figure only. No weights published.
 
     The paper contradicts itself here: its table prints a final width of 1024, as built here, and 12.3 M parameters,
     which ``final_dim=1280`` would have.
@@ -481,21 +479,21 @@ def halonet_h3_320(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def halonet_h4_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H4: 19.1 M parameters, 11.9 GMACs at 384 px. Top-1 reported in a figure only. No weights are published."""
+    """HaloNet-H4: 19.1 M parameters, 11.8 GMACs at 384 px. Top-1 in a figure only. No weights published."""
     args = _paper(12, 3.0, final_dim=1280, block_size=12, halo_size=2)
     return _create_halonet("halonet_h4_384", pretrained, args, kwargs)
 
 
 @register_model
 def halonet_h5_448(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H5: 30.7 M parameters, 31.9 GMACs at 448 px. Top-1 reported in a figure only. No weights are published."""
+    """HaloNet-H5: 30.7 M parameters, 31.8 GMACs at 448 px. Top-1 in a figure only. No weights published."""
     args = _paper(23, 2.0, 2.5, 1536, block_size=14, halo_size=2)
     return _create_halonet("halonet_h5_448", pretrained, args, kwargs)
 
 
 @register_model
 def halonet_h6_512(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H6: 43.4 M parameters, 52.4 GMACs at 512 px. Top-1 reported in a figure only. No weights are published."""
+    """HaloNet-H6: 43.4 M parameters, 52.3 GMACs at 512 px. Top-1 in a figure only. No weights published."""
     args = _paper(24, 2.75, 3.0, 1536, halo_size=4)
     return _create_halonet("halonet_h6_512", pretrained, args, kwargs)
 
@@ -505,15 +503,16 @@ _H7 = _paper(26, 3.5, 4.0, 2048, block_size=10)
 
 @register_model
 def halonet_h7_600(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H7: 67.4 M parameters, 110.1 GMACs at 600 px. Top-1 84.9 reported (paper). No weights are published."""
+    """HaloNet-H7: 67.4 M parameters, 109.9 GMACs at 600 px. Top-1 84.9 reported (paper). No weights published."""
     return _create_halonet("halonet_h7_600", pretrained, _H7, kwargs)
 
 
 @register_model
 def halonet_h7_c1_600(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H7 with convs in stage 1: PARAMS_C1. Top-1 84.6 reported (paper). No weights are published.
+    """HaloNet-H7 with convs in stage 1: 67.3 M parameters, 102.2 GMACs at 600 px.
 
-    Convs have the bottleneck's width and an SE gate; its ratio, 1/8, is the paper's for detection, none is given here.
+    Top-1 84.6 reported (paper). No weights published. Convs have the bottleneck's width and an SE gate; its ratio, 1/8,
+    is the paper's for detection, none is given here.
     """
     args = dict(_H7, layout=("ccc", "hhh", "h" * 26, "hhh"), gate="se", gate_ratio=1 / 8)
     return _create_halonet("halonet_h7_c1_600", pretrained, args, kwargs)
@@ -521,9 +520,10 @@ def halonet_h7_c1_600(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def halonet_h7_c12_600(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H7 with convs in stages 1 and 2: PARAMS_C12. Top-1 84.7 reported (paper). No weights are published.
+    """HaloNet-H7 with convs in stages 1 and 2: 66.9 M parameters, 95.7 GMACs at 600 px.
 
-    Convs as in ``halonet_h7_c1_600``.
+    Top-1 84.7 reported (paper). No weights published. Convs as in ``halonet_h7_c1_600``. The paper's third hybrid, with
+    convs in stages 1 to 3, is left out: no reading of it has the 67 M parameters that the paper gives.
     """
     args = dict(_H7, layout=("ccc", "ccc", "h" * 26, "hhh"), gate="se", gate_ratio=1 / 8)
     return _create_halonet("halonet_h7_c12_600", pretrained, args, kwargs)
@@ -531,9 +531,9 @@ def halonet_h7_c12_600(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def halonet_50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-50 of the paper's studies, the layout of ResNet-50: 18.0 M parameters, GMACS_50 GMACs at 256 px.
+    """HaloNet-50 of the paper's studies, the layout of ResNet-50: 18.0 M parameters, 4.8 GMACs at 256 px.
 
-    Top-1 78.6 reported, 80.5 with SE and stronger training (paper). No weights are published.
+    Top-1 78.6 reported, 80.5 with SE and stronger training (paper). No weights published.
     """
     args = {
         "layout": ("hhh", "hhhh", "hhhhhh", "hhh"),
@@ -554,26 +554,29 @@ _H4_WIDE = {
 
 @register_model
 def halonet_h4_wide(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H4 of base width 128 for ImageNet-21k: 85.1 M parameters, GMACS_H4W GMACs at 384 px.
+    """HaloNet-H4 of base width 128 for ImageNet-21k: 85.2 M parameters, 50.0 GMACs at 384 px.
 
     Top-1 85.6 reported (paper, pretrained on ImageNet-21k at 256 px with blocks of 8, then 384 px; 85.8 at 512 px with
-    blocks of 16 and a halo of 1, see :meth:`HaloNet.set_block_size`). No weights are published.
+    blocks of 16 and a halo of 1, see :meth:`HaloNet.set_block_size`). No weights published.
     """
     return _create_halonet("halonet_h4_wide", pretrained, _H4_WIDE, kwargs)
 
 
 @register_model
 def halonet_h4_wide_patch(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H4-wide with a linear stem of 4x4 patches: PARAMS_H4P. Top-1 85.4 reported (paper, as
-    ``halonet_h4_wide``). No weights are published. Whether the stem has a norm is not known; this one has none."""
+    """HaloNet-H4-wide with a linear stem of 4x4 patches: 85.1 M parameters, 49.7 GMACs at 384 px.
+
+    Top-1 85.4 reported (paper, as ``halonet_h4_wide``). No weights published. Whether the stem has a norm is not known;
+    this one has none.
+    """
     return _create_halonet("halonet_h4_wide_patch", pretrained, dict(_H4_WIDE, stem_type="patch"), kwargs)
 
 
 @register_model
 def halonet_h4_wide_c12(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """HaloNet-H4-wide with convs in stages 1 and 2: 87.0 M parameters, GMACS_H4C GMACs at 384 px.
+    """HaloNet-H4-wide with convs in stages 1 and 2: 87.0 M parameters, 52.4 GMACs at 384 px.
 
-    Top-1 85.5 reported (paper, as ``halonet_h4_wide``). No weights are published.
+    Top-1 85.5 reported (paper, as ``halonet_h4_wide``). No weights published.
     """
     args = dict(_H4_WIDE, layout=("ccc", "cccc", "h" * 12, "hhh"))
     return _create_halonet("halonet_h4_wide_c12", pretrained, args, kwargs)
@@ -582,7 +585,7 @@ def halonet_h4_wide_c12(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 _TIMM = {
     "embed_dims": (256, 512, 1024, 2048),
     "stem_type": "tiered",
-    "num_heads": (8, 8, 8, 8),
+    "num_heads": 8,
     "rel_pos": "sum",
     "rel_offset": "index",
     "scale_pos_embed": False,
@@ -627,7 +630,7 @@ def eca_halonext_26ts(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def halo_regnetz_b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """timm's haloregnetz_b, inverted bottlenecks: 11.7 M parameters, 2.0 GMACs at 224 px. Top-1 81.06 reported (timm's
+    """timm's haloregnetz_b, inverted bottlenecks: 11.7 M parameters, 1.9 GMACs at 224 px. Top-1 81.06 reported (timm's
     results)."""
     args = dict(
         _TIMM,

@@ -80,8 +80,8 @@ def halo_attention(
         Output (B, ceil(H / stride), ceil(W / stride), heads, dim_v).
 
     Raises:
-        ValueError: Shapes, devices, dtypes or sizes that do not fit, or a backend that cannot run; the message names the
-            argument.
+        ValueError: Shapes, devices, dtypes or sizes that do not fit, or a backend that cannot run; the message names
+            the argument.
         TypeError: Tensors that are not floating-point, or sizes that are not ints.
     """
     if torch.jit.is_scripting():

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits computed at a time. On a CPU a slice stays in the cache; elsewhere it only bounds memory.
-CPU_SLICE = 2**18
-DEVICE_SLICE = 2**26
+
+def logits_at_once(x: Tensor) -> int:
+    """Logits to compute at a time: on a CPU a slice stays in the cache, elsewhere it only bounds memory."""
+    return 1 << 18 if x.device.type == "cpu" else 1 << 26
 
 
 def relative_rows(table: Tensor, queries: int, window: int, step: int) -> Tensor:
-    """Rows (queries, window, dim) of a table (2 * window - 1, dim): key u and query i read row u - step * i + window - 1.
+    """Rows (queries, window, dim) of a table (2 * window - 1, dim).
 
-    u counts from the outer edge of the halo.
+    Query i and key u, which counts from the outer edge of the halo, read row u - step * i + window - 1.
     """
     u = torch.arange(window, device=table.device)
     i = torch.arange(queries, device=table.device)
@@ -135,8 +136,7 @@ def halo_attention(
     if plain or B * heads == 0:  # a graph stays one piece
         out = attend(q, k, v, by_row, by_col, outside_rows, outside_cols, block_size, scale)
         return out[:, :Hq, :Wq]
-    row_of_blocks = heads * c * (g * w) ** 2
-    at_once = CPU_SLICE if q.device.type == "cpu" else DEVICE_SLICE
+    row_of_blocks, at_once = heads * c * g * g * w * w, logits_at_once(q)
     images = max(1, min(B, at_once // (row_of_blocks * r)))
     block_rows = max(1, min(r, at_once // row_of_blocks))
     maps: list[Tensor] = []
