@@ -347,13 +347,16 @@ def checkpoint_filter_fn(
             continue
         old, new = layer.used_rows(block_size, halo_size), layer.used_rows()
         for key in (f"{name}.height_rel", f"{name}.width_rel"):
-            if key not in out or (native and out[key].shape[0] == 2 * new[0] - 1) or old == new:
+            if key not in out:
                 continue
-            if out[key].shape[0] != 2 * old[0] - 1:
+            window = (out[key].shape[0] + 1) // 2
+            if window == new[0] and (native or old == new):
+                continue
+            if window != old[0]:
                 raise RuntimeError(
-                    f"{key} has {out[key].shape[0]} rows, of a window of {(out[key].shape[0] + 1) // 2} pixels; the "
-                    f"model has {new[0]} and its published weights {old[0]}. Create the model with block_size and "
-                    f"halo_size of the file, then call model.set_block_size({layer.block_size}, {layer.halo_size})"
+                    f"{key} is for windows of {window} pixels, but the model has {new[0]} and its published weights "
+                    f"{old[0]}. Create the model with block_size and halo_size of the file, then call "
+                    f"model.set_block_size({layer.block_size}, {layer.halo_size})"
                 )
             out[key] = resize_rel_table(out[key], old, new)
     return out
