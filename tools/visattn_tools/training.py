@@ -254,11 +254,5 @@ class _Run:
         if folder.routing not in pictures:
             print(f"no {folder.routing.name}: {self.args.model} has no routed attention")
         folder.log("end", best_epoch=best["epoch"], best_top1=best["eval_top1"])
-        weights = shlex.quote(str(folder.best))
-        print(
-            "\nnext:\n"
-            f"  python tools/predict.py --checkpoint {weights} {shlex.quote(str(folder.example))}\n"
-            "  python tools/train.py --data-dir YOUR_FOLDER --model biformer_t   # train/CLASS/*, val/CLASS/* in it\n"
-            '  python -c "import visattn; print(visattn.list_models())"',
-            flush=True,
-        )
+        files = f"{shlex.quote(str(folder.best))} {shlex.quote(str(folder.example))}"
+        print(f"to use it: python tools/predict.py --checkpoint {files}", flush=True)
