@@ -15,18 +15,22 @@ from .bi_level_routing import (
     region_routing,
     topk_routing,
 )
+from .channel_group import channel_group_attention
 from .halo import halo_attention
+from .window import window_attention
 
 __all__ = [
     "POOL_MODES",
     "available_backends",
     "bi_level_routing_attention",
+    "channel_group_attention",
     "halo_attention",
     "pool_regions",
     "region_descriptors",
     "region_routing",
     "topk_routing",
     "use_backend",
+    "window_attention",
 ]
 
 del _flops

@@ -52,13 +52,16 @@ def must_stay_plain() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-def select_backend(op: str, requested: str | None, why_not_triton: Callable[[], str | None]) -> str:
+def select_backend(
+    op: str, requested: str | None, why_not_triton: Callable[[], str | None], recompute: bool = True
+) -> str:
     """Name of the backend that runs `op`.
 
     Args:
         op: Operator name for messages.
         requested: The caller's ``backend`` argument.
         why_not_triton: Returns the first condition that keeps the Triton kernel from running, or None.
+        recompute: Whether the operator has that backend.
 
     Raises:
         ValueError: Unknown name, or a backend asked for by name cannot run; the message names the condition.
@@ -70,6 +73,8 @@ def select_backend(op: str, requested: str | None, why_not_triton: Callable[[], 
         reason = why_not_triton()
         if reason is not None:
             raise ValueError(f"backend='triton' cannot run {op}: {reason}; use backend=None or 'reference'")
+    if name == "recompute" and not recompute:
+        raise ValueError(f"backend='recompute' cannot run {op}: it has no such kernel; use backend=None or 'reference'")
     return name
 
 

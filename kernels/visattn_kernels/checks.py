@@ -47,3 +47,13 @@ def check_same(reference: Tensor, reference_name: str, **others: Tensor | None) 
             raise ValueError(f"{name} is on {x.device} but {reference_name} is on {reference.device}; use one device")
         if x.dtype != reference.dtype:
             raise ValueError(f"{name} is {x.dtype} but {reference_name} is {reference.dtype}; use one dtype")
+
+
+def check_pad(pad: Tensor | None, x: Tensor, name: str) -> None:
+    """Check that `pad` is one token (heads, dim) of the map `x`, or None.
+
+    Raises:
+        ValueError: Another shape.
+    """
+    if pad is not None and tuple(pad.shape) != tuple(x.shape[3:]):
+        raise ValueError(f"{name} has shape {tuple(pad.shape)}; expected (heads, dim) = {tuple(x.shape[3:])}")

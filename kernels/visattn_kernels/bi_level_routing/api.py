@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import select_backend
-from ..checks import check_map, check_same, to_pair
+from ..checks import check_map, check_pad, check_same, to_pair
 from . import reference
 from .ops import recompute_attention
 
@@ -37,11 +37,6 @@ def _region_size(
     return size
 
 
-def _check_pad(pad: Tensor | None, x: Tensor, name: str) -> None:
-    if pad is not None and tuple(pad.shape) != tuple(x.shape[3:]):
-        raise ValueError(f"{name} has shape {tuple(pad.shape)}; expected (heads, dim) = {tuple(x.shape[3:])}")
-
-
 def _check_topk(topk: int, regions: int) -> None:
     if not 1 <= topk <= regions:
         raise ValueError(f"topk={topk} must be between 1 and the number of key regions, {regions}")
@@ -54,7 +49,7 @@ def _check_regions(
     x: Tensor, num_regions: int | Pair, region_size: Pair | None, pad: Tensor | None
 ) -> tuple[Pair, Pair]:
     check_map(x, "x")
-    _check_pad(pad, x, "pad")
+    check_pad(pad, x, "pad")
     num = to_pair(num_regions, "num_regions")
     return num, _region_size(x, num, region_size, "region_size")
 
@@ -79,8 +74,8 @@ def _check_routing(
     check_same(q, "q", k=k)
     if q.shape != k.shape:
         raise ValueError(f"k has shape {tuple(k.shape)}; expected the shape of q, {tuple(q.shape)}")
-    _check_pad(pad_q, q, "pad_q")
-    _check_pad(pad_k, k, "pad_k")
+    check_pad(pad_q, q, "pad_q")
+    check_pad(pad_k, k, "pad_k")
     num = to_pair(num_regions, "num_regions")
     _check_topk(topk, num[0] * num[1])
     return num, _region_size(q, num, region_size, "region_size")
@@ -331,8 +326,8 @@ def _checked_attention(  # type: ignore[no-untyped-def]
         raise ValueError(f"k has shape {tuple(k.shape)}; expected batch, heads and dim of q, {tuple(q.shape)}")
     if v.shape[:4] != k.shape[:4]:
         raise ValueError(f"v has shape {tuple(v.shape)}; expected batch, map and heads of k, {tuple(k.shape)}")
-    _check_pad(pad_k, k, "pad_k")
-    _check_pad(pad_v, v, "pad_v")
+    check_pad(pad_k, k, "pad_k")
+    check_pad(pad_v, v, "pad_v")
     num = to_pair(num_regions, "num_regions")
     size = _region_size(q, num, region_size, "region_size")
     kv_num = num if kv_num_regions is None else to_pair(kv_num_regions, "kv_num_regions")
