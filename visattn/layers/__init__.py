@@ -1,13 +1,16 @@
 """The block library: operators as modules, shared by all families."""
 
 from .bi_level_routing import BiLevelRoutingAttention, RegionRouter, RoutingRecord, record_routing
+from .channel_group import ChannelGroupAttention
 from .global_attention import GlobalAttention
 from .halo import HaloAttention, resize_rel_table
 from .large_kernel import LargeKernelAttention, LargeKernelGate
 from .mlp import DepthwiseMlp
+from .window import WindowAttention
 
 __all__ = [
     "BiLevelRoutingAttention",
+    "ChannelGroupAttention",
     "DepthwiseMlp",
     "GlobalAttention",
     "HaloAttention",
@@ -15,6 +18,7 @@ __all__ = [
     "LargeKernelGate",
     "RegionRouter",
     "RoutingRecord",
+    "WindowAttention",
     "record_routing",
     "resize_rel_table",
 ]

@@ -1,5 +1,5 @@
 """The families. Importing this package registers every model with timm."""
 
-from . import biformer, halonet, van
+from . import biformer, dual_attention, halonet, van
 
-__all__ = ["biformer", "halonet", "van"]
+__all__ = ["biformer", "dual_attention", "halonet", "van"]

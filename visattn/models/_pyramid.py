@@ -269,9 +269,11 @@ class PyramidBackbone(nn.Module):
                 if i not in take_indices:
                     self.output_norms[i] = nn.Identity()
         if cut:
-            self.num_features = self.head.in_features = width
+            self.num_features = self.head.num_features = self.head.in_features = width
         if prune_head or cut:
             self.reset_classifier(0, "")
+            if hasattr(self.head, "norm"):
+                self.head.norm = nn.Identity()
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -1,0 +1,65 @@
+"""Window attention as a module: full attention inside non-overlapping windows of a channels-last map."""
+
+from typing import Any
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+from visattn_kernels import window_attention
+
+register_notrace_function(window_attention)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention of every token to the tokens of its window (DaViT, arXiv 2204.03645, section 3.2).
+
+    There is no shift, no position table and no mask. A map that the windows do not divide is padded with zeros at the
+    bottom and right; these tokens take part, and since the zeros enter before the projection, their keys and values are
+    its bias. They are never projected here, so the padding costs no more than its attention.
+
+    Args:
+        dim: Input and output width.
+        num_heads: Attention heads; must divide `dim`.
+        window_size: Tokens per window, one number or one per axis. No weight depends on it.
+        qkv_bias: Bias in the projection to queries, keys and values.
+
+    Shape:
+        (B, H, W, dim) -> (B, H, W, dim)
+
+    Raises:
+        ValueError: Settings that do not fit together; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int | tuple[int, int] = 7,
+        qkv_bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
+        size = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"window_size={window_size} must be at least 1, one number or one per axis")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.window_size = (size[0], size[1])
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        heads = self.num_heads
+        q, k, v = self.qkv(x).reshape(B, H, W, 3, heads, C // heads).unbind(3)
+        pad_k: Tensor | None = None
+        pad_v: Tensor | None = None
+        if self.qkv.bias is not None:
+            # A view of a parameter claims to require gradients under no_grad, which module hooks trip over; a copy not.
+            pads = self.qkv.bias.clone().reshape(3, heads, C // heads)
+            pad_k, pad_v = pads[1], pads[2]
+        out = window_attention(q, k, v, self.window_size, pad_k, pad_v)
+        return self.proj(out.reshape(B, H, W, C))
