@@ -204,6 +204,9 @@ class HaloAttention(nn.Module):
             self.mask_outside,
         )
         out = out.reshape(B, out.shape[1], out.shape[2], heads * self.value_dim).permute(0, 3, 1, 2)
+        if x.is_contiguous():
+            # Channels-last memory would spread through the rest of a channels-first model and slow its convs down.
+            out = out.contiguous()
         if self.pool:
             # A map of odd size ends in a smaller cell, so that the size is that of a strided conv.
             out = F.avg_pool2d(out, 2, 2, ceil_mode=True, count_include_pad=False)

@@ -26,15 +26,17 @@ def relative_rows(table: Tensor, queries: int, window: int, step: int) -> Tensor
     return table.index_select(0, rows).reshape(queries, window, table.shape[1])
 
 
-def windows(x: Tensor, rows: Tensor, cols: Tensor, r: int, c: int) -> Tensor:
-    """Windows (N, w * w, dim) of a padded map (B, Hp, Wp, heads, dim) at `rows` (r * w) and `cols` (c * w).
+def window_indices(blocks: int, block_size: int, window: int, device: torch.device) -> Tensor:
+    """Where, on an axis padded by the halo, the windows of all blocks lie: (blocks * window)."""
+    offsets = torch.arange(window, device=device)
+    return (block_size * torch.arange(blocks, device=device)[:, None] + offsets).reshape(-1)
 
-    Two selections of whole slices: their gradient adds few large slices, where that of ``unfold`` is slow.
-    """
+
+def windows(x: Tensor, cols: Tensor, w: int) -> Tensor:
+    """Windows (N, w * w, dim) of `x` (B, r * w, Wp, heads, dim), whose rows are those of windows, at `cols` (c * w)."""
     B, heads, dim = x.shape[0], x.shape[3], x.shape[4]
-    w = cols.shape[0] // c
-    x = x.index_select(1, rows).index_select(2, cols)
-    x = x.reshape(B, r, w, c, w, heads, dim).permute(0, 1, 3, 5, 2, 4, 6)
+    r, c = x.shape[1] // w, cols.shape[0] // w
+    x = x.index_select(2, cols).reshape(B, r, w, c, w, heads, dim).permute(0, 1, 3, 5, 2, 4, 6)
     return x.reshape(B * r * c * heads, w * w, dim)
 
 
@@ -46,20 +48,20 @@ def attend(
     width_rel: Tensor,
     outside_rows: Tensor | None,
     outside_cols: Tensor | None,
-    block_size: int,
+    cols: Tensor,
     scale: float,
 ) -> Tensor:
     """Attention of whole blocks of queries to their windows.
 
     Args:
         q: Queries (B, r * g, c * g, heads, dim).
-        k: Keys with halo (B, r * b + 2 * halo, c * b + 2 * halo, heads, dim).
+        k: Keys (B, r * w, c * b + 2 * halo, heads, dim), the rows of the windows of each row of blocks.
         v: Values, as `k`.
         height_rel: (g, w, dim or dim / 2), see :func:`relative_rows`.
         width_rel: As `height_rel`.
         outside_rows: (r, w) True where a row of the window is masked; None for no mask.
         outside_cols: (c, w), as `outside_rows`.
-        block_size: b.
+        cols: Columns (c * w) of the windows of each column of blocks.
         scale: Factor of q k^T.
 
     Returns:
@@ -68,10 +70,7 @@ def attend(
     B, heads, dim, dim_v = q.shape[0], q.shape[3], q.shape[4], v.shape[4]
     g, w = height_rel.shape[0], height_rel.shape[1]
     r, c = q.shape[1] // g, q.shape[2] // g
-    offsets = torch.arange(w, device=q.device)
-    rows = (block_size * torch.arange(r, device=q.device)[:, None] + offsets).reshape(-1)
-    cols = (block_size * torch.arange(c, device=q.device)[:, None] + offsets).reshape(-1)
-    keys, values = windows(k, rows, cols, r, c), windows(v, rows, cols, r, c)
+    keys, values = windows(k, cols, w), windows(v, cols, w)
     queries = q.reshape(B, r, g, c, g, heads, dim).permute(0, 1, 3, 5, 2, 4, 6).reshape(B * r * c * heads, g, g, dim)
 
     half = height_rel.shape[2]  # the whole query, or its first half for the height and the second for the width
@@ -132,32 +131,29 @@ def halo_attention(
         outside_rows = outside(H, r, block_size, halo_size, q.device)
         outside_cols = outside(W, c, block_size, halo_size, q.device)
 
+    # Selections of whole slices, then splits: their gradients add or join few large pieces, those of overlapping slices
+    # or of `unfold` would fill a map for each.
+    rows, cols = window_indices(r, block_size, w, q.device), window_indices(c, block_size, w, q.device)
+    k, v = k.index_select(1, rows), v.index_select(1, rows)
     plain = torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling()
     if plain or B * heads == 0:  # a graph stays one piece
-        out = attend(q, k, v, by_row, by_col, outside_rows, outside_cols, block_size, scale)
+        out = attend(q, k, v, by_row, by_col, outside_rows, outside_cols, cols, scale)
         return out[:, :Hq, :Wq]
     row_of_blocks, at_once = heads * c * g * g * w * w, logits_at_once(q)
     images = max(1, min(B, at_once // (row_of_blocks * r)))
     block_rows = max(1, min(r, at_once // row_of_blocks))
     maps: list[Tensor] = []
-    for b in range(0, B, images):
+    for some_q, some_k, some_v in zip(q.split(images), k.split(images), v.split(images)):
         parts: list[Tensor] = []
-        for top in range(0, r, block_rows):
-            end = min(r, top + block_rows)
-            first, last = top * block_size, end * block_size + 2 * halo_size
-            parts.append(
-                attend(
-                    q[b : b + images, top * g : end * g],
-                    k[b : b + images, first:last],
-                    v[b : b + images, first:last],
-                    by_row,
-                    by_col,
-                    outside_rows[top:end] if outside_rows is not None else None,
-                    outside_cols,
-                    block_size,
-                    scale,
-                )
-            )
+        tops = range(0, r, block_rows)
+        pieces = zip(
+            some_q.split(block_rows * g, dim=1),
+            some_k.split(block_rows * w, dim=1),
+            some_v.split(block_rows * w, dim=1),
+        )
+        for top, (part_q, part_k, part_v) in zip(tops, pieces):
+            mask = outside_rows[top : top + block_rows] if outside_rows is not None else None
+            parts.append(attend(part_q, part_k, part_v, by_row, by_col, mask, outside_cols, cols, scale))
         maps.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
     out = maps[0] if len(maps) == 1 else torch.cat(maps, dim=0)
     return out[:, :Hq, :Wq]
