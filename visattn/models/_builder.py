@@ -170,16 +170,18 @@ def build_model(
     elif file:
         overlay["file"] = file
     try:
-        model: Any = build_model_with_cfg(
-            model_cls,
-            variant,
-            pretrained,
-            pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=_checked(filter_fn, variant),
-            pretrained_strict=False,  # _checked has compared every name
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-            **kwargs,
-        )
+        # What timm downloads holds training arguments, as local files do.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            model: Any = build_model_with_cfg(
+                model_cls,
+                variant,
+                pretrained,
+                pretrained_cfg_overlay=overlay,
+                pretrained_filter_fn=_checked(filter_fn, variant),
+                pretrained_strict=False,  # _checked has compared every name
+                feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+                **kwargs,
+            )
     except OSError as error:
         tag = kwargs.get("pretrained_cfg")
         cfg = get_pretrained_cfg(f"{variant}.{tag}" if isinstance(tag, str) else variant)
