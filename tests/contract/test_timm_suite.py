@@ -15,7 +15,7 @@ from runner import own_models, run_model
 
 import visattn  # noqa: F401  registers the models
 
-SMALLEST_REAL = ["biformer_t"]
+SMALLEST_REAL = ["biformer_t", "halonet_h0_256"]
 
 pytestmark = pytest.mark.contract
 
