@@ -238,7 +238,8 @@ def _create_van(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         variant,
         pretrained,
         filter_fn=checkpoint_filter_fn,
-        weights_page="https://github.com/Visual-Attention-Network/VAN-Classification",
+        weights_page="https://github.com/Visual-Attention-Network/VAN-Classification (van_b4 and larger: "
+        "https://github.com/open-mmlab/mmsegmentation, projects/van)",
         **kwargs,
     )
 
