@@ -121,8 +121,8 @@ def main() -> None:
             report(f"{network}: all layers", "forward+backward" if backward else "forward", total)
             results.append({"name": f"{network}: all layers", "mode": results[-1]["mode"], **total})
     for backward in (False, True):
-        theirs, ours = timm.create_model("halonet50ts"), timm.create_model("halonet_50ts")
-        run("halonet_50ts", theirs, ours, (3, 256, 256), backward)
+        pair = timm.create_model("halonet50ts"), timm.create_model("halonet_50ts")
+        run("halonet_50ts", *pair, (3, 256, 256), backward)
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"torch": torch.__version__, "arguments": vars(args), "results": results}, file, indent=1)

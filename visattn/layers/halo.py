@@ -1,5 +1,7 @@
 """Halo attention as a module (HaloNet, arXiv 2103.12731), in the paper's and in timm's reading of it."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import make_divisible, register_notrace_function, register_notrace_module, trunc_normal_
@@ -105,7 +107,7 @@ class HaloAttention(nn.Module):
             raise ValueError(f"rel_offset={rel_offset!r} is not known; use one of {', '.join(REL_OFFSETS)}")
         if rel_pos == "split" and self.head_dim % 2:
             raise ValueError(f"rel_pos='split' needs an even width of a head's queries, got dim_head={self.head_dim}")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.value_dim = dim_out // num_heads
         self.scale = self.head_dim**-0.5

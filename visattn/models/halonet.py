@@ -58,15 +58,18 @@ class HaloNetStem(nn.Sequential):
 
     def __init__(self, in_chans: int, dim: int, stem_type: str, act_layer: type[nn.Module], **dd: Any) -> None:
         super().__init__()
-        conv = partial(ConvNormAct, act_layer=act_layer, **dd)
+
+        def conv(dim: int, out_dim: int, kernel_size: int, stride: int) -> nn.Module:
+            return ConvNormAct(dim, out_dim, kernel_size, stride=stride, act_layer=act_layer, **dd)
+
         if stem_type == "patch":
-            self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
+            self.conv1: nn.Module = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
         elif stem_type in ("7x7", "3x3"):
             self.conv1 = conv(in_chans, dim, int(stem_type[0]), stride=2)
         else:
             widths = (3 * dim // 8, dim // 2)
             self.conv1 = conv(in_chans, widths[0], 3, stride=2)
-            self.conv2 = conv(widths[0], widths[1], 3)
+            self.conv2 = conv(widths[0], widths[1], 3, stride=1)
             self.conv3 = conv(widths[1], dim, 3, stride=2 if stem_type == "tiered_strided" else 1)
         if stem_type in ("7x7", "tiered"):
             self.pool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -199,7 +202,7 @@ class HaloNet(PyramidBackbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_classes, in_chans, drop_rate)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         act = get_act_layer(act_layer)
         if stem_type not in STEMS:
             raise ValueError(f"stem_type={stem_type!r} is not a stem; use one of {', '.join(STEMS)}")
@@ -247,8 +250,8 @@ class HaloNet(PyramidBackbone):
             mixer.add_module("norm", get_norm_act_layer(nn.BatchNorm2d, act)(out_dim, **dd))
             return mixer
 
-        depths = tuple(len(kinds) for kinds in layout)
-        drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        depths = [len(kinds) for kinds in layout]
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages, dim = [], stem_dim
         for i, kinds in enumerate(layout):
             blocks: list[nn.Module] = []
