@@ -412,6 +412,7 @@ def test_davit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "window_size": (5, 3),
         "mlp_ratio": 2.0,
         "cpe_act": True,
+        "overlap_merging": True,
         "channel_attn_v2": True,
         "drop_path_rate": 0.1,
     }
