@@ -27,6 +27,10 @@ if _override is not None:
     _check_name(_override, "environment variable VISATTN_BACKEND")
 
 
+# Before torch 2.7 compiling and exporting look alike.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Make every operator called without ``backend`` use `name` inside the ``with`` block.
@@ -49,7 +53,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def must_stay_plain() -> bool:
     """Whether the caller is being exported or traced, where an opaque operator would not survive."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or _is_exporting()
 
 
 def select_backend(

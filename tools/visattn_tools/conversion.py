@@ -90,9 +90,8 @@ def read_payload(path: Path, allow_pickle: bool = False) -> Any:
         except (SafetensorError, OSError) as error:
             raise UserError(f"SRC {path} is damaged or no safetensors file: {error}") from None
     try:
-        # Training scripts put their arguments beside the weights; timm admits that one harmless class, too.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+        # visattn.models admits argparse.Namespace, which training scripts put beside the weights.
+        return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except Exception as error:  # zip, pickle, end of file, ...
         blocked = [] if allow_pickle else _blocked(path, error)
         if not blocked:

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 _logger = logging.getLogger(__name__)
 
+# Most published files hold the training arguments beside the weights. They cannot run code.
+torch.serialization.add_safe_globals([argparse.Namespace])
+
 StateDict = dict[str, Tensor]
 NEW_PARTS = ("norm.", "head.", "output_norms.")
 """What may be missing from a checkpoint and stay at its initial value: backbones are published without a classifier
@@ -124,9 +127,7 @@ def _read_file(path: str, variant: str, use_ema: bool) -> StateDict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights of {variant}: no file {str(path)!r}")
     try:
-        # Training arguments lie in most published files and cannot run code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+        return load_state_dict(str(path), use_ema=use_ema, weights_only=True)
     except Exception as error:
         raise RuntimeError(
             f"weights of {variant}: cannot read {str(path)!r} ({error}). A damaged file must be fetched again; "
@@ -170,18 +171,16 @@ def build_model(
     elif file:
         overlay["file"] = file
     try:
-        # What timm downloads holds training arguments, as local files do.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            model: Any = build_model_with_cfg(
-                model_cls,
-                variant,
-                pretrained,
-                pretrained_cfg_overlay=overlay,
-                pretrained_filter_fn=_checked(filter_fn, variant),
-                pretrained_strict=False,  # _checked has compared every name
-                feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-                **kwargs,
-            )
+        model: Any = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=_checked(filter_fn, variant),
+            pretrained_strict=False,  # _checked has compared every name
+            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+            **kwargs,
+        )
     except OSError as error:
         tag = kwargs.get("pretrained_cfg")
         cfg = get_pretrained_cfg(f"{variant}.{tag}" if isinstance(tag, str) else variant)
