@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
+from visattn.models._builder import training_arguments_allowed
+
 from .checkpoint import ModelInfo, mismatch, save_weights
 from .cli import Parser, UserError, number
 from .config import check_model_name
@@ -90,8 +92,8 @@ def read_payload(path: Path, allow_pickle: bool = False) -> Any:
         except (SafetensorError, OSError) as error:
             raise UserError(f"SRC {path} is damaged or no safetensors file: {error}") from None
     try:
-        # visattn.models admits argparse.Namespace, which training scripts put beside the weights.
-        return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+        with training_arguments_allowed():
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except Exception as error:  # zip, pickle, end of file, ...
         blocked = [] if allow_pickle else _blocked(path, error)
         if not blocked:

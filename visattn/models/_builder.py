@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +16,19 @@ from torch import Tensor, nn
 
 _logger = logging.getLogger(__name__)
 
-# Most published files hold the training arguments beside the weights. They cannot run code.
-torch.serialization.add_safe_globals([argparse.Namespace])
-
 StateDict = dict[str, Tensor]
 NEW_PARTS = ("norm.", "head.", "output_norms.")
 """What may be missing from a checkpoint and stay at its initial value: backbones are published without a classifier
 and its norm, classifiers without the norms of dense prediction."""
+
+
+def training_arguments_allowed() -> AbstractContextManager:
+    """Context in which a safe ``torch.load`` admits the training arguments that most published files hold beside the
+    weights. They cannot run code."""
+    if hasattr(torch.serialization, "safe_globals"):
+        return torch.serialization.safe_globals([argparse.Namespace])
+    torch.serialization.add_safe_globals([argparse.Namespace])  # torch 2.4
+    return nullcontext()
 
 
 def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -127,7 +134,8 @@ def _read_file(path: str, variant: str, use_ema: bool) -> StateDict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights of {variant}: no file {str(path)!r}")
     try:
-        return load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+        with training_arguments_allowed():
+            return load_state_dict(str(path), use_ema=use_ema, weights_only=True)
     except Exception as error:
         raise RuntimeError(
             f"weights of {variant}: cannot read {str(path)!r} ({error}). A damaged file must be fetched again; "
@@ -171,16 +179,17 @@ def build_model(
     elif file:
         overlay["file"] = file
     try:
-        model: Any = build_model_with_cfg(
-            model_cls,
-            variant,
-            pretrained,
-            pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=_checked(filter_fn, variant),
-            pretrained_strict=False,  # _checked has compared every name
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-            **kwargs,
-        )
+        with training_arguments_allowed():
+            model: Any = build_model_with_cfg(
+                model_cls,
+                variant,
+                pretrained,
+                pretrained_cfg_overlay=overlay,
+                pretrained_filter_fn=_checked(filter_fn, variant),
+                pretrained_strict=False,  # _checked has compared every name
+                feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+                **kwargs,
+            )
     except OSError as error:
         tag = kwargs.get("pretrained_cfg")
         cfg = get_pretrained_cfg(f"{variant}.{tag}" if isinstance(tag, str) else variant)
