@@ -64,7 +64,7 @@ def test_run_folder(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[
     output = capsys.readouterr().out
     assert "epoch 2/2  train loss" in output
     assert "no routing.png: test_efficientnet has no routed attention" in output
-    assert output.count("\n  python ") == 3
+    assert f"to use it: python tools/predict.py --checkpoint {folder}/checkpoints/best.safetensors" in output
     assert "\r" not in output, "a bar is drawn where the output is no terminal"
     assert parse_train_args(["--config", str(folder / "config.yaml")]).experiment == "first"
 
