@@ -3,21 +3,19 @@
     python kernels/benchmarks/halo_cpu.py --batch-size 4 --json halo_cpu.json
 
 Layers are those of timm's halonet_h1 and halonet50ts at 256 px, models halonet_50ts and timm's halonet50ts. Both sides
-run in turns, the fastest of the repetitions counts; peak memory is what torch's allocator hands out during one call, by
-its profiler. "All layers" adds the times of a network's attention layers and takes the largest peak.
+run in turns, the fastest of the repetitions counts; time is per image, peak memory what torch's allocator hands out
+during one call. "All layers" adds the times of a network's attention layers and takes the largest peak.
 """
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
+from comparison import compare
 from timm.layers.halo_attn import HaloAttn
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import visattn  # noqa: F401  registers the models
 from visattn.layers import HaloAttention
@@ -37,52 +35,15 @@ NETWORKS = {
 }
 
 
-def caller(module: nn.Module, x: torch.Tensor, backward: bool) -> Callable[[], None]:
-    """One forward, or one forward and backward, as a function."""
-
-    def call() -> None:
-        module.zero_grad()
-        x.grad = None
-        with torch.set_grad_enabled(backward):
-            out = module(x)
-            if backward:
-                out.sum().backward()
-
-    return call
-
-
-def peak_bytes(call: Callable[[], None]) -> int:
-    """Largest sum of live allocations that `call` makes."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        call()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
-def compare(theirs: nn.Module, ours: nn.Module, x: torch.Tensor, backward: bool, repeat: int) -> dict[str, float]:
-    """Seconds and peak bytes of both modules on `x`."""
-    calls = {"timm": caller(theirs, x, backward), "ours": caller(ours, x, backward)}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeat + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    result = {f"{name}_seconds": min(values) for name, values in times.items()}
-    return result | {f"{name}_bytes": float(peak_bytes(call)) for name, call in calls.items()}
+FIGURES = ("theirs_ms", "ours_ms", "theirs_mib", "ours_mib")
 
 
 def report(name: str, mode: str, row: dict[str, float]) -> None:
     """One line of the table."""
-    faster, leaner = row["timm_seconds"] / row["ours_seconds"], row["timm_bytes"] / row["ours_bytes"]
+    faster, leaner = row["theirs_ms"] / row["ours_ms"], row["theirs_mib"] / row["ours_mib"]
     print(
-        f"{name:40s} {mode:16s} {1e3 * row['timm_seconds']:9.2f} {1e3 * row['ours_seconds']:9.2f} {faster:7.2f}x"
-        f" {row['timm_bytes'] / 2**20:9.1f} {row['ours_bytes'] / 2**20:9.1f} {leaner:7.2f}x",
+        f"{name:40s} {mode:16s} {row['theirs_ms']:9.2f} {row['ours_ms']:9.2f} {faster:7.2f}x"
+        f" {row['theirs_mib']:9.1f} {row['ours_mib']:9.1f} {leaner:7.2f}x",
         flush=True,
     )
 
@@ -110,14 +71,14 @@ def main() -> None:
     print(f"{'':57s} {'timm ms':>9s} {'ours ms':>9s} {'':8s} {'timm MiB':>9s} {'ours MiB':>9s}")
     for backward in (False, True):
         for network, layers in NETWORKS.items():
-            total = dict.fromkeys(("timm_seconds", "ours_seconds", "timm_bytes", "ours_bytes"), 0.0)
+            total = dict.fromkeys(FIGURES, 0.0)
             for dim, heads, side, stride, count in layers:
                 theirs = HaloAttn(dim, num_heads=heads, stride=stride)
                 ours = HaloAttention(dim, num_heads=heads, stride=stride)
                 name = f"{network}: {dim} ch, {heads} heads, {side}x{side}, stride {stride}"
                 row = run(name, theirs, ours, (dim, side, side), backward)
                 for key in total:
-                    total[key] = max(total[key], row[key]) if key.endswith("bytes") else total[key] + count * row[key]
+                    total[key] = max(total[key], row[key]) if key.endswith("mib") else total[key] + count * row[key]
             report(f"{network}: all layers", "forward+backward" if backward else "forward", total)
             results.append({"name": f"{network}: all layers", "mode": results[-1]["mode"], **total})
     for backward in (False, True):

@@ -14,6 +14,7 @@ def caller(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], None]:
 
     def call() -> None:
         module.zero_grad()
+        x.grad = None
         with torch.set_grad_enabled(backward):
             out = module(x)
             if backward:
