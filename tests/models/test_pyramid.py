@@ -44,10 +44,8 @@ def test_every_variant_returns_four_maps(variant):
     model = timm.create_model(variant, features_only=True, device="meta").eval()
     shapes = [tuple(f.shape) for f in model(torch.empty(1, 3, 333, 500, device="meta"))]
     assert [s[1] for s in shapes] == model.feature_info.channels()
-    assert [(s[2], s[3]) for s in shapes] in (
-        [(84, 125), (42, 63), (21, 32), (11, 16)],
-        [(83, 125), (41, 62), (20, 31), (10, 15)],  # stems and merging of whole patches drop what is left
-    )
+    for shape, r in zip(shapes, (4, 8, 16, 32), strict=True):  # patches drop what is left over, overlapping convs not
+        assert all(n // r <= m <= -(-n // r) for n, m in zip((333, 500), shape[2:]))
 
 
 def test_compiles_without_a_break(name):
