@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,18 @@ TESTS = Path(__file__).parent
 for folder in (TESTS, TESTS / "contract"):  # `from goldens.golden import ...`, `from runner import ...`
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> Iterator[None]:
+    """Compile every test's models from scratch.
+
+    torch remembers the sizes that a function was compiled for and makes them symbols at the second one, also in another
+    test; tracing DaViT with symbols takes minutes.
+    """
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
