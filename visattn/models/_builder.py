@@ -152,6 +152,7 @@ def build_model(
     weights_page: str,
     use_ema: bool = False,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
+    feature_levels: tuple[int, ...] = (0, 1, 2, 3),
     **kwargs: Any,
 ) -> nn.Module:
     """timm's ``build_model_with_cfg`` with strict loading and errors that help.
@@ -164,6 +165,7 @@ def build_model(
         weights_page: Where a person finds the authors' weights.
         use_ema: Prefer averaged weights in files that hold both.
         pretrained_cfg_overlay: Entries that replace those of the weights' description; ``file`` loads a local file.
+        feature_levels: Default ``out_indices`` of ``features_only``.
         **kwargs: For timm and `model_cls`.
 
     Returns:
@@ -187,7 +189,7 @@ def build_model(
                 pretrained_cfg_overlay=overlay,
                 pretrained_filter_fn=_checked(filter_fn, variant),
                 pretrained_strict=False,  # _checked has compared every name
-                feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+                feature_cfg={"out_indices": feature_levels, "feature_cls": "getter"},
                 **kwargs,
             )
     except OSError as error:
