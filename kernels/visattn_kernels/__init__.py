@@ -1,8 +1,8 @@
 """Attention operators of visattn as functions: one layout, several backends.
 
-Every operator takes heads-last tensors ``(B, H, W, heads, dim)``, validates its arguments, and picks a backend
-(see :mod:`visattn_kernels.backend`). Importing this package needs torch only; Triton is imported when a Triton kernel
-is first used.
+Every operator takes heads-last tensors ``(B, H, W, heads, dim)`` or ``(B, N, heads, dim)``, validates its arguments,
+and picks a backend (see :mod:`visattn_kernels.backend`). Importing this package needs torch only; Triton is imported
+when a Triton kernel is first used.
 """
 
 from . import flops as _flops  # registers FLOP formulas that torch lacks
@@ -17,6 +17,7 @@ from .bi_level_routing import (
 )
 from .channel_group import channel_group_attention
 from .halo import halo_attention
+from .reversed_attention import reversed_attention, reversed_attention_mask
 from .window import window_attention
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "pool_regions",
     "region_descriptors",
     "region_routing",
+    "reversed_attention",
+    "reversed_attention_mask",
     "topk_routing",
     "use_backend",
     "window_attention",

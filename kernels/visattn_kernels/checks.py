@@ -34,6 +34,21 @@ def check_map(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} has an empty map, {x.shape[1]}x{x.shape[2]} tokens; H and W must be at least 1")
 
 
+def check_tokens(x: Tensor, name: str) -> None:
+    """Check that `x` is a floating-point heads-last row of tokens (B, N, heads, dim).
+
+    Raises:
+        ValueError: Wrong number of dimensions or no token.
+        TypeError: Not a floating-point tensor.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected 4 dimensions (B, N, heads, dim)")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point tensor")
+    if x.shape[1] < 1:
+        raise ValueError(f"{name} has no token, shape {tuple(x.shape)}; N must be at least 1")
+
+
 def check_same(reference: Tensor, reference_name: str, **others: Tensor | None) -> None:
     """Check that all tensors share the device and dtype of `reference`; None entries are skipped.
 
