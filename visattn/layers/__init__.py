@@ -6,6 +6,7 @@ from .global_attention import GlobalAttention
 from .halo import HaloAttention, resize_rel_table
 from .large_kernel import LargeKernelAttention, LargeKernelGate
 from .mlp import DepthwiseMlp
+from .reversed_attention import ReversedAttention, at_least_float32
 from .window import WindowAttention
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "LargeKernelAttention",
     "LargeKernelGate",
     "RegionRouter",
+    "ReversedAttention",
     "RoutingRecord",
     "WindowAttention",
+    "at_least_float32",
     "record_routing",
     "resize_rel_table",
 ]

@@ -44,13 +44,13 @@ def add_position(x: Tensor, pos_embed: Tensor, grid_size: tuple[int, int], num_p
     return x.flatten(1, 2) + pos_embed[:, num_prefix_tokens:]
 
 
-def check_global_pool(global_pool: str, num_prefix_tokens: int) -> str:
-    """`global_pool`, if a model with that many prefix tokens can do it.
+def check_global_pool(global_pool: str, num_prefix_tokens: int, own_poolings: tuple[str, ...] = ()) -> str:
+    """`global_pool`, if a model with that many prefix tokens, and poolings of its own, can do it.
 
     Raises:
         ValueError: Unknown pooling, or ``token`` without a token to take.
     """
-    allowed = POOLINGS if num_prefix_tokens else POOLINGS[:-1]
+    allowed = (POOLINGS if num_prefix_tokens else POOLINGS[:-1]) + own_poolings
     if global_pool not in allowed:
         raise ValueError(f"global_pool={global_pool!r} is not supported; use one of {', '.join(map(repr, allowed))}")
     return global_pool
@@ -63,13 +63,14 @@ class TokenBackbone(nn.Module):
     A family's ``__init__`` calls ``super().__init__(...)``, which makes ``patch_embed``, then sets
 
     - ``pos_embed``, ``cls_token``: parameters, where it has them; their shapes are those of timm's ViT,
-    - ``blocks``: ``nn.Sequential`` of blocks,
+    - ``blocks``: ``nn.Sequential`` of blocks, or ``nn.ModuleList`` where these take more than one argument,
     - ``norm``: final norm on (B, N, C), or Identity,
     - ``head``: linear classifier, or Identity for no classes,
 
     and ends with :meth:`finish`. A family whose blocks pass more than one tensor of tokens along overrides
     :meth:`embed`, :meth:`advance`, :meth:`tokens` and :meth:`forward_features` (its loop, for TorchScript); what they
-    hand on, the state, is its own.
+    hand on, the state, is its own. A family with other poolings names them in ``own_poolings`` and overrides
+    :meth:`pool`.
 
     Args:
         img_size: Image size (height, width) that tables of positions are made for. Other sizes resample them.
@@ -90,8 +91,10 @@ class TokenBackbone(nn.Module):
         ValueError: An image smaller than a patch, or an unknown pooling.
     """
 
+    own_poolings = ()
+
     if TYPE_CHECKING:  # TorchScript would read annotations that exist at run time
-        blocks: nn.Sequential
+        blocks: nn.Sequential | nn.ModuleList
         norm: nn.Module
         head: nn.Module
         pos_embed: nn.Parameter
@@ -115,7 +118,7 @@ class TokenBackbone(nn.Module):
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.drop_rate = drop_rate
-        self.global_pool = check_global_pool(global_pool, num_prefix_tokens)
+        self.global_pool = check_global_pool(global_pool, num_prefix_tokens, self.own_poolings)
         self.num_prefix_tokens = num_prefix_tokens
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(
@@ -193,8 +196,9 @@ class TokenBackbone(nn.Module):
     def _new_head(self, num_classes: int) -> nn.Module:
         weight = self.patch_embed.proj.weight
         if not num_classes:
-            return nn.Identity()
-        return nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
+            return nn.Identity().train(self.training)
+        head = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
+        return head.train(self.training)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
@@ -205,7 +209,7 @@ class TokenBackbone(nn.Module):
         """
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = check_global_pool(global_pool, self.num_prefix_tokens)
+            self.global_pool = check_global_pool(global_pool, self.num_prefix_tokens, self.own_poolings)
         self.head = self._new_head(num_classes)
 
     def set_input_size(
