@@ -91,13 +91,14 @@ class TokenBackbone(nn.Module):
         ValueError: An image smaller than a patch, or an unknown pooling.
     """
 
-    own_poolings = ()
-
     if TYPE_CHECKING:  # TorchScript would read annotations that exist at run time
+        own_poolings: tuple[str, ...]
         blocks: nn.Sequential | nn.ModuleList
         norm: nn.Module
         head: nn.Module
         pos_embed: nn.Parameter
+
+    own_poolings = ()
 
     def __init__(
         self,
