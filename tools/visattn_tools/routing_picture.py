@@ -14,6 +14,8 @@ from torch import nn
 
 from visattn.layers import RoutingRecord, record_routing
 
+from .pixels import denormalised
+
 QUERY, ATTENDED = "#e53e3e", "#f6ad55"
 TINT = (0.96, 0.68, 0.33, 0.25)
 
@@ -37,7 +39,7 @@ def draw_routing(model: nn.Module, pictures: Sequence[Image.Image], data_config:
     stages = {record.name.split(".blocks.")[0]: record for record in records}  # the last block of every stage
     if not stages:
         return None
-    shown = _pixels(batch, data_config)
+    shown = denormalised(batch, data_config)
     height, width = shown.shape[1:3]
     columns = 1 + len(stages)
     figure = Figure(figsize=(2.1 * columns, 2.1 * height / width * len(pictures) + 0.8), layout="constrained")
@@ -59,11 +61,6 @@ def _stage(name: str) -> str:
     """``stages.0`` counts from one for people: ``stage 1``."""
     number = name.removeprefix("stages.")
     return f"stage {int(number) + 1}" if number.isdigit() else name
-
-
-def _pixels(batch: torch.Tensor, data_config: dict[str, Any]) -> np.ndarray:
-    mean, std = (torch.tensor(data_config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    return (batch * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def _box(record: RoutingRecord, region: int, pixels: np.ndarray) -> tuple[float, float, float, float]:
