@@ -73,7 +73,10 @@ def test_parts():
     assert t.children == [[1, 6], [], [0, 3], [4, 5], [], [], []]
     assert t.subtree(3) == [3, 4, 5]
     assert t.subtree(2) == list(range(7))
-    assert t.subtrees == {0: [0, 1, 6], 3: [3, 4, 5]}
+    assert t.subtrees == t.parts(2) == {0: [0, 1, 6], 3: [3, 4, 5]}
+    assert t.parts(3) == {3: [3, 4, 5], 1: [1], 6: [6]}
+    assert sorted(t.parts(9)) == [1, 4, 5, 6]
+    assert tree([-1]).parts(3) == {}
 
 
 def test_cycles_are_no_tree():

@@ -59,8 +59,8 @@ def test_parts_and_links_in_the_tree() -> None:
     links, parts, messages = figure.axes[1:4]
     assert kind == "tree"
     assert len(links.collections[0].get_segments()) == 63
-    assert parts.get_title(loc="left") == f"{len(tree.subtrees)} parts"
-    assert messages.get_title(loc="left").endswith("32 of 64 tokens kept")
+    assert parts.get_title(loc="left") == f"its {min(8, len(tree.parts(8)))} largest parts"
+    assert messages.get_title(loc="left").endswith("32 of 64 kept")
 
 
 def test_the_script_without_trees(image_folder: Path, tmp_path: Path) -> None:

@@ -49,8 +49,6 @@ def draw_tree(model: nn.Module, pictures: Sequence[Image.Image], data_config: di
         _show_links(axes[1], pixels, tree)
         _show_parts(axes[2], pixels, tree)
         _show_messages(axes[3], pixels, tree)
-    for axes in grid[1:].flat:
-        axes.set_title("")
     return figure
 
 
@@ -69,12 +67,11 @@ def _centres(tree: DependencyTree, pixels: np.ndarray) -> np.ndarray:
 
 
 def _colours(tree: DependencyTree) -> np.ndarray:
-    """A colour for every token (N, 3): that of the part it belongs to, the root white."""
+    """A colour for every token (N, 3): that of its part; grey in small parts and above all parts, white at the root."""
     palette = matplotlib.colormaps["Dark2"]
     colours = np.tile(np.array(GREY), (len(tree.parents), 1))
-    for number, tokens in zip(range(PARTS), tree.subtrees.values()):
-        if len(tokens) > 1:
-            colours[tokens] = palette(number)[:3]
+    for number, tokens in zip(range(PARTS), tree.parts(PARTS).values()):
+        colours[tokens] = palette(number)[:3]
     colours[tree.root] = 1.0
     return colours
 
@@ -112,12 +109,16 @@ def _on_pixels(values: np.ndarray, tree: DependencyTree, pixels: np.ndarray) -> 
 
 
 def _show_parts(axes: Axes, pixels: np.ndarray, tree: DependencyTree) -> None:
-    _show(axes, 0.45 * pixels + 0.55 * _on_pixels(_colours(tree), tree, pixels), f"{len(tree.subtrees)} parts")
+    _show(
+        axes,
+        0.45 * pixels + 0.55 * _on_pixels(_colours(tree), tree, pixels),
+        f"its {min(PARTS, len(tree.parts(PARTS)))} largest parts",
+    )
 
 
 def _show_messages(axes: Axes, pixels: np.ndarray, tree: DependencyTree) -> None:
     low, high = tree.messages.min(), tree.messages.max()
     heat = matplotlib.colormaps["viridis"]((tree.messages - low) / max(high - low, 1e-12))[:, :3]
-    left = f", {len(tree.kept)} of {len(heat)} tokens kept" if len(tree.kept) < len(heat) else ""
-    title = f"messages {low:.2f} (blue) to {high:.2f} (yellow){left}"
+    left = f", {len(tree.kept)} of {len(heat)} kept" if len(tree.kept) < len(heat) else ""
+    title = f"messages {low:.2f} to {high:.2f} (yellow){left}"
     _show(axes, 0.45 * pixels + 0.55 * _on_pixels(heat, tree, pixels), title)

@@ -48,8 +48,26 @@ class DependencyTree:
 
     @property
     def subtrees(self) -> dict[int, list[int]]:
-        """The parts of the image: the :meth:`subtree` of every child of the root, the largest first."""
+        """The :meth:`subtree` of every child of the root, the largest first."""
+        return self.parts(0)
+
+    def parts(self, count: int) -> dict[int, list[int]]:
+        """The image in parts: :attr:`subtrees`, the largest cut into those of its children until there are enough.
+
+        Args:
+            count: Parts that are enough. A cut can make more; a tree can have fewer.
+
+        Returns:
+            Tokens of every part by its topmost token, the largest part first. The root and tokens above a cut belong
+            to no part.
+        """
         parts = {child: self.subtree(child) for child in self.children[self.root]}
+        while parts and len(parts) < count:
+            top = max(parts, key=lambda token: len(parts[token]))
+            if len(parts.pop(top)) == 1:
+                parts[top] = [top]
+                break
+            parts |= {child: self.subtree(child) for child in self.children[top]}
         return dict(sorted(parts.items(), key=lambda item: -len(item[1])))
 
     @property
