@@ -18,6 +18,7 @@ from .bi_level_routing import (
 from .channel_group import channel_group_attention
 from .halo import halo_attention
 from .reversed_attention import reversed_attention, reversed_attention_mask
+from .sparse_attention import sparse_attention
 from .window import window_attention
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "region_routing",
     "reversed_attention",
     "reversed_attention_mask",
+    "sparse_attention",
     "topk_routing",
     "use_backend",
     "window_attention",
