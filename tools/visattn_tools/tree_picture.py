@@ -120,5 +120,5 @@ def _show_messages(axes: Axes, pixels: np.ndarray, tree: DependencyTree) -> None
     low, high = tree.messages.min(), tree.messages.max()
     heat = matplotlib.colormaps["viridis"]((tree.messages - low) / max(high - low, 1e-12))[:, :3]
     left = f", {len(tree.kept)} of {len(heat)} kept" if len(tree.kept) < len(heat) else ""
-    title = f"messages {low:.2f} to {high:.2f} (yellow){left}"
+    title = f"messages {low:.2f} to {high:.2f}{left}"
     _show(axes, 0.45 * pixels + 0.55 * _on_pixels(heat, tree, pixels), title)
