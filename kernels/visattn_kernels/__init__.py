@@ -17,6 +17,7 @@ from .bi_level_routing import (
 )
 from .channel_group import channel_group_attention
 from .halo import halo_attention
+from .neighborhood import merge_attentions, na1d, na2d, na3d, neighborhood_attention
 from .reversed_attention import reversed_attention, reversed_attention_mask
 from .sparse_attention import sparse_attention
 from .window import window_attention
@@ -27,6 +28,11 @@ __all__ = [
     "bi_level_routing_attention",
     "channel_group_attention",
     "halo_attention",
+    "merge_attentions",
+    "na1d",
+    "na2d",
+    "na3d",
+    "neighborhood_attention",
     "pool_regions",
     "region_descriptors",
     "region_routing",

@@ -1,7 +1,8 @@
 """Which implementation runs an operator: names, override, and the rule of choice.
 
 ``backend=None`` means: what :func:`use_backend` or the environment variable ``VISATTN_BACKEND`` says, else ``triton``
-where the operator's kernel can run, else ``reference``. A backend asked for by name never falls back to another.
+where the operator's kernel can run, else ``reference`` (``recompute`` for operators whose logits outweigh their
+inputs). A backend asked for by name never falls back to another.
 """
 
 import os
@@ -57,7 +58,11 @@ def must_stay_plain() -> bool:
 
 
 def select_backend(
-    op: str, requested: str | None, why_not_triton: Callable[[], str | None], recompute: bool = True
+    op: str,
+    requested: str | None,
+    why_not_triton: Callable[[], str | None],
+    recompute: bool = True,
+    fallback: str = "reference",
 ) -> str:
     """Name of the backend that runs `op`.
 
@@ -66,13 +71,17 @@ def select_backend(
         requested: The caller's ``backend`` argument.
         why_not_triton: Returns the first condition that keeps the Triton kernel from running, or None.
         recompute: Whether the operator has that backend.
+        fallback: The automatic choice where neither Triton can run nor the caller is traced or exported; those always
+            get ``reference``. An operator whose logits outweigh its inputs names ``recompute``.
 
     Raises:
         ValueError: Unknown name, or a backend asked for by name cannot run; the message names the condition.
     """
     name = _check_name(requested, "backend") if requested is not None else _override
     if name is None:
-        return "reference" if must_stay_plain() or why_not_triton() is not None else "triton"
+        if must_stay_plain():
+            return "reference"
+        return "triton" if why_not_triton() is None else fallback
     if name == "triton":
         reason = why_not_triton()
         if reason is not None:
