@@ -31,7 +31,8 @@ torch.library.define(
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     with torch.autocast(arguments[0].device.type, enabled=False):
-        out, lse = reference.neighborhood_attention(*arguments, True)
+        with_lse = (*arguments, True)
+        out, lse = reference.neighborhood_attention(*with_lse)
     return out.contiguous(), lse.contiguous()
 
 
@@ -90,7 +91,7 @@ def _gradients(
     work, (B, heads, kv_heads) = accumulation_dtype(q), (q.shape[0], q.shape[-2], k.shape[-2])
     grid = list(q.shape[1:-2])
     geometry = list(zip(grid, kernel_size, stride, dilation, is_causal))
-    axes = [reference.axis_windows(*axis, q) for axis in geometry]
+    axes = [reference.axis_windows(*axis, len(grid), q.device) for axis in geometry]
     short = any(length < k * d for length, k, _, d, _ in geometry)
     extra_k = reference.extra_keys(pad_k if short else None, additional_keys, B)
     extra_v = reference.extra_keys(pad_v if short else None, additional_values, B)

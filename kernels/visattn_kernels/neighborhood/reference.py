@@ -50,27 +50,32 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def block_size(members: int, kernel_size: int, stride: int) -> int:
-    """Queries per block on an axis of groups of `members` tokens: few wasted logits, few copies of keys.
+def block_size(members: int, kernel_size: int, stride: int, rank: int) -> int:
+    """Queries per block and axis, in groups of `members` tokens of a map with `rank` axes.
 
+    Large blocks compute logits that nobody needs, small ones copy keys often; the sizes are the fastest measured.
     Queries of one stride group share a window, so blocks hold whole stride groups.
     """
-    blocks = max(1, members // max(4, kernel_size // 2 + 1, stride))
-    block = (members + blocks - 1) // blocks
-    return min(members, (block + stride - 1) // stride * stride)
+    usual = 16 if rank == 1 else (4 if rank == 2 else 3)
+    blocks = max(1, members // max(usual, stride))
+    block = ((members + blocks - 1) // blocks + stride - 1) // stride * stride
+    # When its box is the whole group, a larger block costs nothing.
+    return members if block - stride + kernel_size >= members else block
 
 
-def axis_windows(length: int, kernel_size: int, stride: int, dilation: int, is_causal: bool, like: Tensor) -> Axis:
+def axis_windows(
+    length: int, kernel_size: int, stride: int, dilation: int, is_causal: bool, rank: int, device: torch.device
+) -> Axis:
     """Windows of an axis of `length` tokens; one shorter than kernel_size * dilation counts as padded to that."""
     groups, longest = min(length, dilation), (length + dilation - 1) // dilation
-    block = block_size(longest, kernel_size, stride)
+    block = block_size(longest, kernel_size, stride, rank)
     per_group = (longest + block - 1) // block
     window = min(block - stride + kernel_size, longest)
 
-    group = torch.arange(groups, device=like.device).reshape(-1, 1, 1)
+    group = torch.arange(groups, device=device).reshape(-1, 1, 1)
     members = (length - 1 - group) // dilation + 1
     padded = members.clamp(min=kernel_size)
-    position = block * torch.arange(per_group, device=like.device)[:, None] + torch.arange(block, device=like.device)
+    position = block * torch.arange(per_group, device=device)[:, None] + torch.arange(block, device=device)
     repeated = position >= members  # (groups, per_group, b)
     position = torch.minimum(position, members - 1)
     stride_group = position // stride * stride
@@ -82,7 +87,7 @@ def axis_windows(length: int, kernel_size: int, stride: int, dilation: int, is_c
         first = torch.minimum((leader - kernel_size // 2).clamp(min=0), padded - kernel_size)
         stop = first + kernel_size
     start = torch.minimum(first[:, :, :1], (members - window).clamp(min=0))
-    keys = torch.minimum(start + torch.arange(window, device=like.device), members - 1)
+    keys = torch.minimum(start + torch.arange(window, device=device), members - 1)
     return Axis(
         kernel_size,
         window,
@@ -341,7 +346,7 @@ def neighborhood_attention(
     axes: list[Axis] = []
     short = False
     for a, length in enumerate(grid):
-        axes.append(axis_windows(length, kernel_size[a], stride[a], dilation[a], is_causal[a], q))
+        axes.append(axis_windows(length, kernel_size[a], stride[a], dilation[a], is_causal[a], len(grid), q.device))
         short = short or length < kernel_size[a] * dilation[a]
     extra_k = extra_keys(pad_k if short else None, additional_keys, B)
     extra_v = extra_keys(pad_v if short else None, additional_values, B)
