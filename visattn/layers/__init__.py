@@ -2,16 +2,20 @@
 
 from .bi_level_routing import BiLevelRoutingAttention, RegionRouter, RoutingRecord, record_routing
 from .channel_group import ChannelGroupAttention
+from .connectivity import ConnectivityPredictor
 from .global_attention import GlobalAttention
 from .halo import HaloAttention, resize_rel_table
 from .large_kernel import LargeKernelAttention, LargeKernelGate
 from .mlp import DepthwiseMlp
 from .reversed_attention import ReversedAttention, at_least_float32
+from .sparse_attention import AttentionDetails, SparseAttention, SparsityRecord, record_sparsity
 from .window import WindowAttention
 
 __all__ = [
+    "AttentionDetails",
     "BiLevelRoutingAttention",
     "ChannelGroupAttention",
+    "ConnectivityPredictor",
     "DepthwiseMlp",
     "GlobalAttention",
     "HaloAttention",
@@ -20,8 +24,11 @@ __all__ = [
     "RegionRouter",
     "ReversedAttention",
     "RoutingRecord",
+    "SparseAttention",
+    "SparsityRecord",
     "WindowAttention",
     "at_least_float32",
     "record_routing",
+    "record_sparsity",
     "resize_rel_table",
 ]

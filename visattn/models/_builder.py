@@ -79,20 +79,32 @@ def unwrap(state_dict: dict[str, Any], prefixes: tuple[str, ...] = ("module.", "
     return state_dict
 
 
-def check_fit(state_dict: StateDict, model: nn.Module, variant: str) -> None:
-    """Check that converted weights fit `model`: every name known, every shape right, only :data:`NEW_PARTS` missing.
+def _classifiers(cfg: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the classifiers; a model may have several, the main one first."""
+    names = cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names)
 
-    The first conv and the classifier may differ in shape; timm adapts them to ``in_chans`` and ``num_classes``.
+
+def check_fit(state_dict: StateDict, model: nn.Module, variant: str, new_parts: tuple[str, ...] = ()) -> None:
+    """Check that converted weights fit `model`: every name known, every shape right, only :data:`NEW_PARTS`, other
+    classifiers and `new_parts`, modules anywhere in it, missing.
+
+    The first conv and the classifiers may differ in shape; timm adapts them to ``in_chans`` and ``num_classes``.
 
     Raises:
         RuntimeError: They do not; the message names `variant` and the first entries.
     """
     target, cfg = model.state_dict(), cast(dict[str, Any], model.pretrained_cfg)
-    adapted = (cfg["first_conv"] + ".weight", cfg["classifier"])
+    classifiers = _classifiers(cfg)
+    adapted = (cfg["first_conv"] + ".weight", *classifiers)
+    optional = (*NEW_PARTS, *(f"{name}." for name in classifiers))
     # torch itself supplies the step counters of batch norms that old or exported files lack.
     needed = [k for k in target if not k.endswith(".num_batches_tracked")]
-    missing = [k for k in needed if k not in state_dict and not k.startswith(NEW_PARTS)]
-    unexpected = [k for k in state_dict if k not in target and not k.startswith(adapted[1])]
+    absent = [k for k in needed if k not in state_dict]
+    # The part that an absent entry belongs to: a module named by the family, else the first one on its path.
+    part_of = {k: next((part for part in new_parts if f".{part}." in k), k.split(".")[0]) for k in absent}
+    missing = [k for k in absent if not k.startswith(optional) and part_of[k] not in new_parts]
+    unexpected = [k for k in state_dict if k not in target and not k.startswith(classifiers)]
     shapes = [
         f"{k} {tuple(v.shape)} instead of {tuple(target[k].shape)}"
         for k, v in state_dict.items()
@@ -106,19 +118,21 @@ def check_fit(state_dict: StateDict, model: nn.Module, variant: str) -> None:
         problems.append("it holds the norms of dense prediction: create the model with output_norms=True")
     if problems:
         raise RuntimeError(f"the checkpoint does not fit {variant}: {'; '.join(problems)}")
-    new = sorted({k.split(".")[0] for k in needed if k not in state_dict})
+    new = sorted(set(part_of.values()))
     if new:
         _logger.warning(f"{variant}: the checkpoint has no {', '.join(new)}; these start untrained")
 
 
-def _checked(filter_fn: Callable[[StateDict, nn.Module], StateDict], variant: str) -> Callable[..., StateDict]:
+def _checked(
+    filter_fn: Callable[[StateDict, nn.Module], StateDict], variant: str, new_parts: tuple[str, ...]
+) -> Callable[..., StateDict]:
     def convert(state_dict: StateDict, model: nn.Module) -> StateDict:
         state_dict = filter_fn(state_dict, model)
         # timm keeps or drops the classifier by what the config says the file has; the file knows better.
         cfg = cast(dict[str, Any], model.pretrained_cfg)
-        head = state_dict.get(cfg["classifier"] + ".weight")
+        head = state_dict.get(_classifiers(cfg)[0] + ".weight")
         cfg["num_classes"] = 0 if head is None else head.shape[0]
-        check_fit(state_dict, model, variant)
+        check_fit(state_dict, model, variant, new_parts)
         return state_dict
 
     return convert
@@ -153,6 +167,7 @@ def build_model(
     use_ema: bool = False,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     feature_levels: tuple[int, ...] = (0, 1, 2, 3),
+    new_parts: tuple[str, ...] = (),
     **kwargs: Any,
 ) -> nn.Module:
     """timm's ``build_model_with_cfg`` with strict loading and errors that help.
@@ -166,6 +181,7 @@ def build_model(
         use_ema: Prefer averaged weights in files that hold both.
         pretrained_cfg_overlay: Entries that replace those of the weights' description; ``file`` loads a local file.
         feature_levels: Default ``out_indices`` of ``features_only``.
+        new_parts: Names of modules that may be missing from a checkpoint, anywhere in the model.
         **kwargs: For timm and `model_cls`.
 
     Returns:
@@ -187,7 +203,7 @@ def build_model(
                 variant,
                 pretrained,
                 pretrained_cfg_overlay=overlay,
-                pretrained_filter_fn=_checked(filter_fn, variant),
+                pretrained_filter_fn=_checked(filter_fn, variant, new_parts),
                 pretrained_strict=False,  # _checked has compared every name
                 feature_cfg={"out_indices": feature_levels, "feature_cls": "getter"},
                 **kwargs,
