@@ -3,8 +3,8 @@
     python kernels/benchmarks/neighborhood_cpu.py --batch-size 1 --json neighborhood_cpu.json
 
 FlexAttention, which NATTEN uses without its CUDA library, gets its inputs heads first and the mask of all pairs ready
-made; neither is timed. It has no gradients on a CPU, so training has our time only. Both sides run in turns, the fastest
-of the repetitions counts; time is per image, peak memory what torch's allocator hands out during one call.
+made; neither is timed. It has no gradients on a CPU, so training has our time only. Both sides run in turns and the
+fastest of the repetitions counts; time is per image, peak memory what torch's allocator hands out during one call.
 """
 
 import argparse

@@ -310,13 +310,14 @@ def attend(
         scale * to_tiles(q, queries, kv_heads).to(work), to_tiles(k, keys, kv_heads).to(work), table, extra_k, outside
     )
     p = scores.softmax(dim=-1)
+    # The largest probability is exp(largest logit - lse); no second pass of exponentials.
+    lse = scores.amax(dim=-1, keepdim=True) - p.amax(dim=-1, keepdim=True).log() if with_lse else scores[..., :0]
     values = to_tiles(v, keys, kv_heads).to(work)
     W = values.shape[3]
     p = p.reshape([p.shape[0], p.shape[1], kv_heads, -1, p.shape[-1]])
     out = p[..., :W] @ values
     if extra_v is not None:
         out = out + p[..., W:] @ extra_v
-    lse = scores.logsumexp(dim=-1, keepdim=True) if with_lse else scores[..., :0]
     return from_tiles(out, queries, heads), from_tiles(lse, queries, heads).squeeze(-1)
 
 
