@@ -142,8 +142,8 @@ class ConnectivityPredictor(nn.Module):
             Coefficients (B, heads, n - 1, K), basis (..., n, K) and scores (B, heads, n - 1, n). The class token scores
             nothing: it attends to all.
         """
-        down = self.down
-        up = down if self.up is None else self.up
+        down: Tensor = self.down
+        up: Tensor = self.down if self.up is None else self.up
         if size[0] != self.grid_size[0] or size[1] != self.grid_size[1]:
             down = resample_rows(down, self.grid_size, size)
             up = resample_rows(up, self.grid_size, size)

@@ -439,8 +439,11 @@ class Sparsifiner(TokenBackbone):
         if pre_logits:
             return pooled
         logits = self.head(pooled)
-        if self.has_aux_head and self.num_classes > 0 and self.global_pool != "" and not self.training:
-            logits = logits + 0.5 * self.aux_head(x[:, 1:]).amax(dim=1)
+        if self.has_aux_head and self.num_classes > 0 and self.global_pool != "":
+            if self.training:  # so that the head, trained by distillation alone, has a gradient, of zero
+                logits = logits + 0.0 * self.aux_head(x[:, 1])
+            else:
+                logits = logits + 0.5 * self.aux_head(x[:, 1:]).amax(dim=1)
         return logits
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -573,7 +576,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
         RuntimeError: Tables of another size whose grid is not square, so that it cannot be known.
     """
     state_dict = unwrap(state_dict)
-    target, grid_size = model.state_dict(), tuple(model.grid_size)  # type: ignore[arg-type]
+    target = model.state_dict()
+    grid_size: Any = model.grid_size
     out: StateDict = {}
     for key, value in state_dict.items():
         head, _, tail = key.rpartition("mask_predictor.")
@@ -598,7 +602,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
     return out
 
 
-def _grid_of(table: Tensor | None, target: Tensor, grid_size: tuple[int, ...]) -> tuple[int, ...]:
+def _grid_of(table: Tensor | None, target: Tensor, grid_size: tuple[int, int]) -> tuple[int, int]:
     """The grid that a checkpoint's position table is for: the model's, or a square one."""
     if table is None or table.shape[1] == target.shape[1]:
         return grid_size
