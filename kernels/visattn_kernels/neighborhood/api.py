@@ -233,7 +233,6 @@ def _flags(value: Any, n: int) -> list[bool]:
 def _check_windows(
     grid: tuple[int, ...], sizes: list[int], strides: list[int], dilations: list[int], padded: bool
 ) -> None:
-    tokens = "x".join(map(str, grid))
     for axis, length, size, stride, dilation in zip(AXES[len(grid)], grid, sizes, strides, dilations):
         if stride > size:
             raise ValueError(
@@ -241,6 +240,7 @@ def _check_windows(
                 f"use 1 to {size}, so that every query sees itself"
             )
         if size * dilation > length and not padded:
+            tokens = "x".join(map(str, grid))
             by = "" if dilation == 1 else f" with dilation={tuple(dilations)}"
             raise ValueError(
                 f"kernel_size={tuple(sizes)}{by} exceeds the feature map {tokens} on axis {axis}; use kernel_size * "

@@ -156,8 +156,7 @@ def _gradients(
 
     dq_map = reference.in_order(reference.join(dq, 1), grid, dilation) if dq else torch.zeros_like(q)
     first = int(short and pad_k is not None)
-    empty = q.new_empty(0)
-    dak = dav = dpad_k = dpad_v = empty
+    dak, dav, dpad_k, dpad_v = (q.new_empty(0) for _ in range(4))
     if additional_keys is not None and additional_values is not None and dek is not None and dev is not None:
         dak = dek[:, 0, :, first:].transpose(1, 2).to(q.dtype).contiguous()
         dav = dev[:, 0, :, first:].transpose(1, 2).to(q.dtype).contiguous()
@@ -170,7 +169,7 @@ def _gradients(
         dq_map.to(q.dtype).contiguous(),
         dk.to(k.dtype),
         dv.to(v.dtype),
-        empty if dbias is None or rel_pos_bias is None else dbias.to(rel_pos_bias.dtype),
+        q.new_empty(0) if dbias is None or rel_pos_bias is None else dbias.to(rel_pos_bias.dtype),
         dak,
         dav,
         dpad_k,

@@ -47,20 +47,24 @@ def logits_at_once(x: Tensor) -> int:
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """Of logits and sums."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def block_size(members: int, kernel_size: int, stride: int, rank: int) -> int:
-    """Queries per block and axis, in groups of `members` tokens of a map with `rank` axes.
+def block_and_window(members: int, kernel_size: int, stride: int, rank: int) -> tuple[int, int]:
+    """Queries per block, and keys per box, of an axis with groups of `members` tokens on a map with `rank` axes.
 
     Large blocks compute logits that nobody needs, small ones copy keys often; the sizes are the fastest measured.
     Queries of one stride group share a window, so blocks hold whole stride groups.
     """
-    usual = 16 if rank == 1 else (4 if rank == 2 else 3)
-    blocks = max(1, members // max(usual, stride))
-    block = ((members + blocks - 1) // blocks + stride - 1) // stride * stride
+    block = (max(16 if rank == 1 else (4 if rank == 2 else 3), stride) + stride - 1) // stride * stride
+    if not torch.compiler.is_compiling():
+        # Blocks of equal size leave fewer of them half empty; graphs for any size are simpler without.
+        blocks = max(1, members // block)
+        block = ((members + blocks - 1) // blocks + stride - 1) // stride * stride
+    window = block - stride + kernel_size
     # When its box is the whole group, a larger block costs nothing.
-    return members if block - stride + kernel_size >= members else block
+    return (members, members) if window >= members else (block, window)
 
 
 def axis_windows(
@@ -68,9 +72,8 @@ def axis_windows(
 ) -> Axis:
     """Windows of an axis of `length` tokens; one shorter than kernel_size * dilation counts as padded to that."""
     groups, longest = min(length, dilation), (length + dilation - 1) // dilation
-    block = block_size(longest, kernel_size, stride, rank)
+    block, window = block_and_window(longest, kernel_size, stride, rank)
     per_group = (longest + block - 1) // block
-    window = min(block - stride + kernel_size, longest)
 
     group = torch.arange(groups, device=device).reshape(-1, 1, 1)
     members = (length - 1 - group) // dilation + 1
@@ -97,7 +100,7 @@ def axis_windows(
         first.flatten(0, 1),
         stop.flatten(0, 1),
         start.flatten(0, 1),
-        members.expand(start.shape).flatten(0, 1),
+        (members + torch.zeros_like(start)).flatten(0, 1),
         repeated.flatten(0, 1),
     )
 
@@ -120,17 +123,11 @@ def some_blocks(axis: Axis, begin: int, end: int) -> Axis:
 
 def outer_and(masks: list[Tensor]) -> Tensor:
     """Product of masks (blocks, b, w) per axis: (T, 1, bq, W)."""
-    n = len(masks)
-    shape = [1] * (3 * n)
     product = masks[0]
-    sizes = [1, 1, 1]
-    for a, mask in enumerate(masks):
-        here = list(shape)
-        for part in range(3):
-            here[part * n + a] = mask.shape[part]
-            sizes[part] = sizes[part] * mask.shape[part]
-        product = mask.reshape(here) if a == 0 else product & mask.reshape(here)
-    return product.reshape(sizes[0], 1, sizes[1], sizes[2])
+    for mask in masks[1:]:
+        pairs = product[:, None, :, None, :, None] & mask[None, :, None, :, None, :]
+        product = pairs.flatten(4, 5).flatten(2, 3).flatten(0, 1)
+    return product[:, None]
 
 
 def bias_of_pairs(table: Tensor, offsets: list[Tensor]) -> Tensor:
@@ -240,7 +237,7 @@ def from_tiles(x: Tensor, coordinates: list[Tensor], heads: int) -> Tensor:
 def in_order(x: Tensor, grid: list[int], dilation: list[int]) -> Tensor:
     """Queries (B, blocks * b of every axis, heads, dim) back in the order of the grid, repeated ones dropped."""
     for a in range(len(grid)):
-        if dilation[a] == 1:
+        if dilation[a] == 1 and not torch.compiler.is_compiling():
             x = x.narrow(a + 1, 0, grid[a])
         else:
             i = torch.arange(grid[a], device=x.device)
@@ -274,12 +271,12 @@ def logits(q: Tensor, keys: Tensor, table: Tensor, extra: Tensor | None, outside
         (B, T, Hq, bq, W + M)
     """
     bq = table.shape[2]
-    shape = [q.shape[0], q.shape[1], q.shape[2] * (q.shape[3] // bq), bq, -1]
-    scores = (q @ keys.transpose(-2, -1)).reshape(shape[:4] + [keys.shape[3]])
+    shape = [q.shape[0], q.shape[1], q.shape[2] * (q.shape[3] // bq), bq]
+    scores = (q @ keys.transpose(-2, -1)).reshape(shape + [keys.shape[3]])
     scores = scores.add_(table)  # the largest tensor here
     if extra is None:
         return scores
-    more = (q @ extra.transpose(-2, -1)).reshape(shape[:4] + [extra.shape[3]])
+    more = (q @ extra.transpose(-2, -1)).reshape(shape + [extra.shape[3]])
     if outside is not None:
         more = torch.cat([more[..., :1] + outside, more[..., 1:]], dim=-1)
     return torch.cat([scores, more], dim=-1)
@@ -314,7 +311,7 @@ def attend(
     lse = scores.amax(dim=-1, keepdim=True) - p.amax(dim=-1, keepdim=True).log() if with_lse else scores[..., :0]
     values = to_tiles(v, keys, kv_heads).to(work)
     W = values.shape[3]
-    p = p.reshape([p.shape[0], p.shape[1], kv_heads, -1, p.shape[-1]])
+    p = p.reshape([p.shape[0], p.shape[1], kv_heads, heads // kv_heads * p.shape[3], p.shape[4]])
     out = p[..., :W] @ values
     if extra_v is not None:
         out = out + p[..., W:] @ extra_v
@@ -354,42 +351,36 @@ def neighborhood_attention(
     if extra_k is not None and extra_v is not None:
         extra_k, extra_v = extra_k.to(work), extra_v.to(work)
 
-    # A graph stays one piece. Elsewhere some rows of blocks, and some images, are computed at a time.
     plain = torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling()
-    images, rows = B, axes[0].queries.shape[0]
-    if not plain and B > 0:
-        row = logits_of_row(axes, heads, extra_k)
-        at_once = logits_at_once(q)
-        rows = max(1, min(rows, at_once // row))
-        images = max(1, min(B, at_once // (row * rows)))
+    if plain or B == 0:  # a graph stays one piece
+        table = box_table(axes, rel_pos_bias, work)
+        outside = outside_bias(axes, rel_pos_bias, work) if short else None
+        out, lse = attend(q, k, v, axes, table, extra_k, extra_v, outside, scale, with_lse)
+        return in_order(out.to(q.dtype), grid, dilation), in_order(lse, grid, dilation) if with_lse else lse
+    # Some rows of blocks of some images at a time.
+    blocks, row, at_once = axes[0].queries.shape[0], logits_of_row(axes, heads, extra_k), logits_at_once(q)
+    rows = max(1, min(blocks, at_once // row))
+    images = max(1, min(B, at_once // (row * rows)))
     outs: list[Tensor] = []
     lses: list[Tensor] = []
-    for top in range(0, axes[0].queries.shape[0], rows):
+    for top in range(0, blocks, rows):
         part = [some_blocks(axes[0], top, top + rows)] + axes[1:]
         table = box_table(part, rel_pos_bias, work)
         outside = outside_bias(part, rel_pos_bias, work) if short else None
         some_out: list[Tensor] = []
         some_lse: list[Tensor] = []
-        for i in range(0, max(1, B), max(1, images)):
-            last = i + images
+        for first in range(0, B, images):
+            last = first + images
+            more_k = extra_k[first:last] if extra_k is not None else None
+            more_v = extra_v[first:last] if extra_v is not None else None
             out, lse = attend(
-                q[i:last],
-                k[i:last],
-                v[i:last],
-                part,
-                table,
-                extra_k[i:last] if extra_k is not None else None,
-                extra_v[i:last] if extra_v is not None else None,
-                outside,
-                scale,
-                with_lse,
+                q[first:last], k[first:last], v[first:last], part, table, more_k, more_v, outside, scale, with_lse
             )
             some_out.append(out.to(q.dtype))
             some_lse.append(lse)
         outs.append(join(some_out, 0))
         lses.append(join(some_lse, 0))
-    out = in_order(join(outs, 1), grid, dilation)
-    lse = join(lses, 1)
+    out, lse = in_order(join(outs, 1), grid, dilation), join(lses, 1)
     return out, in_order(lse, grid, dilation) if with_lse else lse
 
 
