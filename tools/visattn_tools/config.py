@@ -15,6 +15,8 @@ from timm.utils import ParseKwargs
 import visattn  # noqa: F401  registers the models
 
 from .cli import Parser, UserError, nearest, number
+from .objectives import check_flags
+from .sparsifiner_losses import STRATEGIES, TOKEN_CRITERIA
 
 DATASETS = ("folder", "digits")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "constant")
@@ -127,6 +129,14 @@ def train_parser() -> Parser:
     add("--smoothing", type=_FRACTION, default=0.1, help="label smoothing")
     add("--bce-loss", action=switch, default=False, help="binary cross entropy per class")
 
+    add = parser.add_argument_group("Sparsifiner's strategies").add_argument
+    add("--strategy", choices=tuple(STRATEGIES), help="losses and trained part; default: all weights, plain criterion")
+    add("--teacher-weights", metavar="FILE", help="of the dense teacher; default: those that training starts from")
+    add(
+        "--loss-weights", nargs="*", default={}, action=ParseKwargs, metavar="LOSS=WEIGHT", help="default: the authors'"
+    )
+    add("--token-distill", choices=TOKEN_CRITERIA, default="mse", help="how tokens are compared with the teacher's")
+
     add = parser.add_argument_group("average of the weights").add_argument
     add("--model-ema", action=switch, default=False, help="evaluate and save an exponential average of the weights")
     add("--model-ema-decay", type=_FRACTION, default=0.9998, help="of the average")
@@ -215,6 +225,7 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value and not Path(value).is_file():
             raise UserError(f"--{flag.replace('_', '-')} {value}: no such file")
+    check_flags(args)
     check_device(args.device)
     if args.amp and args.amp_dtype == "float16" and not args.device.startswith("cuda"):
         raise UserError(f"--amp-dtype float16 needs --device cuda, got {args.device}; use bfloat16")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .checkpoint import random_state, set_random_state
 from .cli import Interrupted, UserError
 from .data import Data, test_loader, train_loader
+from .objectives import objective_for
 from .progress import Progress
 
 
@@ -92,6 +93,8 @@ class Engine:
         self.device = torch.device(args.device)
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.memory_format)
+        self.mixup, criterion = _mixup_and_loss(args, len(data.class_names))
+        self.objective = objective_for(model, criterion, args)  # before the optimizer: it may freeze parts
         self.ema = (
             ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         )
@@ -108,7 +111,6 @@ class Engine:
         if self.scheduler is None:
             raise UserError(f"--sched {args.sched}: the installed timm {timm.__version__} does not know it")
         self.scaler = NativeScaler(self.device.type) if args.amp and args.amp_dtype == "float16" else None
-        self.mixup, self.loss = _mixup_and_loss(args, len(data.class_names))
         # The compiled module shares the parameters; state and weights are taken from the plain one.
         self.call = self._compiled(model) if args.torchcompile else model
         self.epoch = self.updates = 0
@@ -165,7 +167,7 @@ class Engine:
             images, targets = self.mixup(images, targets)
         images = images.contiguous(memory_format=self.memory_format)
         with self._autocast():
-            loss = self.loss(self.call(images), targets)
+            loss = self.objective(self.call, images, targets, self.updates)
         clip, mode = self.args.clip_grad, self.args.clip_mode
         parameters = list(model_parameters(self.model, exclude_head=mode == "agc")) if clip and update else []
         if self.scaler:

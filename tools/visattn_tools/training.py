@@ -26,7 +26,7 @@ from .engine import Engine, StopSignals
 from .progress import duration
 from .run_folder import RunFolder
 
-IDENTITY = ("model", "model_kwargs", "dataset", "opt", "model_ema")
+IDENTITY = ("model", "model_kwargs", "dataset", "opt", "model_ema", "strategy")
 """Flags that a resumed run must share with the run it goes on with."""
 
 

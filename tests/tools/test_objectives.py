@@ -1,0 +1,119 @@
+"""Objectives as a user trains with them: Sparsifiner's strategies from the command line, and mistakes."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from visattn_tools import training
+from visattn_tools.cli import UserError
+from visattn_tools.objectives import Objective, objective_for
+
+Flags = Callable[..., list[str]]
+SPARSIFINER = ["--model", "test_sparsifiner", "--model-kwargs", "img_size=32", "--epochs", "1", "--warmup-epochs", "0"]
+
+
+def weights(tmp_path: Path, name: str) -> Path:
+    return tmp_path / "runs" / name / "checkpoints" / "last.safetensors"
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    a, b = load_file(before), load_file(after)
+    return {"mask_predictor" if "mask_predictor" in key else "backbone" for key in a if not torch.equal(a[key], b[key])}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """Weights that stand for trained ones."""
+    path = tmp_path / "start.safetensors"
+    save_file(timm.create_model("test_sparsifiner", num_classes=3, img_size=32).state_dict(), path)
+    return path
+
+
+def test_two_phases(flags: Flags, tmp_path: Path, start: Path) -> None:
+    """The authors' recipe: fit the predictor to the dense model, then the backbone under its masks."""
+    training.main(flags("fit", *SPARSIFINER, "--lr", 1e-2, "--strategy", "attn_recon", "--initial-checkpoint", start))
+    assert changed(start, weights(tmp_path, "fit")) == {"mask_predictor"}
+    more = [
+        "--initial-checkpoint",
+        weights(tmp_path, "fit"),
+        "--strategy",
+        "cls_distill",
+        "--mixup",
+        "0.8",
+        "--lr",
+        "1e-2",
+    ]
+    training.main(flags("distil", *SPARSIFINER, *more, "--loss-weights", "cls=2", "--teacher-weights", start))
+    assert changed(weights(tmp_path, "fit"), weights(tmp_path, "distil")) == {"backbone"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "parts"),
+    [("attn_self_distill", {"mask_predictor"}), ("cls", {"backbone"}), ("joint", {"mask_predictor", "backbone"})],
+)
+def test_other_strategies(flags: Flags, tmp_path: Path, start: Path, strategy: str, parts: set[str]) -> None:
+    more = ["--strategy", strategy, "--initial-checkpoint", start, "--token-distill", "kl", "--lr", 1e-2]
+    training.main(flags("run", *SPARSIFINER, *more))
+    assert changed(start, weights(tmp_path, "run")) == parts
+    if strategy == "joint":  # the authors leave these out
+        a, b = load_file(start), load_file(weights(tmp_path, "run"))
+        assert all(torch.equal(a[key], b[key]) for key in ("cls_token", "pos_embed"))
+
+
+def test_a_resumed_run_is_the_same_run(flags: Flags, tmp_path: Path, start: Path) -> None:
+    """The teacher is that of the start, not of where the run was left."""
+    more = ["--strategy", "joint", "--initial-checkpoint", start, "--lr", 1e-2]
+    straight = flags("straight", *SPARSIFINER, *more, "--epochs", 2, "--sched", "constant")
+    training.main(straight)
+    training.main(flags("broken", *SPARSIFINER, *more, "--epochs", 1, "--sched", "constant"))
+    broken = flags("broken", *SPARSIFINER, *more, "--epochs", 2, "--sched", "constant", "--resume", "auto")
+    training.main(broken)
+    a, b = load_file(weights(tmp_path, "straight")), load_file(weights(tmp_path, "broken"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    with pytest.raises(UserError, match="was run with --strategy joint, not cls"):
+        training.main([*broken, "--strategy", "cls"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--strategy", "cls_distill"],
+            "--strategy cls_distill needs a trained teacher: give --teacher-weights, or start",
+        ),
+        (["--strategy", "dense"], "invalid choice: 'dense'"),
+        (["--teacher-weights", "FILE"], "--teacher-weights needs --strategy"),
+        (["--strategy", "joint", "--teacher-weights", "nothing.pth"], "--teacher-weights nothing.pth: no such file"),
+        (["--strategy", "joint", "--teacher-weights", "FILE"], "the teacher has 5 classes, the data 3"),
+        (
+            ["--strategy", "cls", "--loss-weights", "ratio=1"],
+            "--loss-weights ratio=1: the losses of --strategy cls are cls",
+        ),
+        (["--strategy", "cls", "--loss-weights", "cls=-1"], "--loss-weights cls=-1: must be a number >= 0"),
+        (["--strategy", "joint", "--grad-checkpointing"], "--grad-checkpointing cannot be had with --strategy joint"),
+        (
+            ["--strategy", "joint", "--torchcompile"],
+            "--torchcompile cannot be had with --strategy joint, which looks into",
+        ),
+    ],
+)
+def test_mistakes(flags: Flags, tmp_path: Path, more: list[str], message: str) -> None:
+    file = tmp_path / "teacher.pth"
+    torch.save(timm.create_model("test_sparsifiner", num_classes=5, img_size=32).state_dict(), file)
+    with pytest.raises(UserError, match=message):
+        training.main(flags("bad", *SPARSIFINER, *(str(file) if word == "FILE" else word for word in more)))
+
+
+def test_models_without_strategies(flags: Flags) -> None:
+    with pytest.raises(UserError, match="--strategy cls: test_efficientnet is no Sparsifiner"):
+        training.main(flags("bad", "--strategy", "cls"))
+    model = torch.nn.Linear(2, 3)
+    objective = objective_for(model, torch.nn.functional.cross_entropy, argparse.Namespace(strategy=None))
+    assert type(objective) is Objective
+    images, targets = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
+    expected = torch.nn.functional.cross_entropy(model(images), targets)
+    torch.testing.assert_close(objective(model, images, targets, 0), expected)
