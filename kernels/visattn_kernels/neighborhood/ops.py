@@ -107,13 +107,14 @@ def _gradients(
     row, at_once, blocks = reference.logits_of_row(axes, heads, extra_k), logits_at_once(q), axes[0].queries.shape[0]
     rows = max(1, min(blocks, at_once // row))
     images = max(1, min(B, at_once // (row * rows)))
+    fills = any(axis.queries.numel() != length for axis, length in zip(axes, grid))
     for top in range(0, blocks, rows):
         part = [reference.some_blocks(axes[0], top, top + rows), *axes[1:]]
         table = reference.box_table(part, rel_pos_bias, work)
         outside = reference.outside_bias(part, rel_pos_bias, work) if short else None
         W = table.shape[-1]
         queries, keys = [axis.queries for axis in part], [axis.keys for axis in part]
-        repeated = ~reference.outer_and([~axis.repeated[:, :, None] for axis in part])
+        repeated = ~reference.outer_and([~axis.repeated[:, :, None] for axis in part]) if fills else None
         dtable = doutside = None
         dqs: list[Tensor] = []
         for image in range(0, B, images):
@@ -126,8 +127,10 @@ def _gradients(
             qs = scale * qs
             p = reference.logits(qs, boxes, table, more_k, outside)
             shape = [*qs.shape[:4], p.shape[-1]]
-            # A repeated query has no weight: it would add its gradients to those of its keys once more.
-            p = p.sub_(lses.reshape(*p.shape[:-1], 1)).exp_().masked_fill_(repeated, 0.0).reshape(shape)
+            p = p.sub_(lses.reshape(*p.shape[:-1], 1)).exp_()
+            if repeated is not None:  # has no weight: it would add its gradients to those of its keys once more
+                p = p.masked_fill_(repeated, 0.0)
+            p = p.reshape(shape)
             dp = grads @ values.transpose(-2, -1)
             if more_v is not None:
                 dp = torch.cat([dp, grads @ more_v.transpose(-2, -1)], dim=-1)
