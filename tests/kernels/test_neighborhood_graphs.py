@@ -38,6 +38,13 @@ def test_compiles_without_a_break(backend, return_lse):
         torch.testing.assert_close(actual, expected)
 
 
+def test_compiles_with_one_tensor_for_all():
+    x = random(1, 9, 9, 2, 4).requires_grad_()
+    compiled = torch.compile(lambda x: vk.na2d(x, x, x, 3), fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, lambda x: vk.na2d(x, x, x, 3))]
+    torch.testing.assert_close(*results)
+
+
 def test_compiles_for_any_size():
     run = torch.compile(
         lambda q, table: vk.neighborhood_attention(q, q, q, 5, dilation=2, rel_pos_bias=table),

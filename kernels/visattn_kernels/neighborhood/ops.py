@@ -269,8 +269,10 @@ def recompute_attention(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered operator; arguments as the reference's. First-order gradients only."""
-    result = _NeighborhoodAttention.apply(
-        with_lse, q, k, v, rel_pos_bias, additional_keys, additional_values, pad_k, pad_v,
-        kernel_size, stride, dilation, is_causal, scale,
-    )  # fmt: skip
+    given: list[Tensor | None] = []
+    for x in (q, k, v, rel_pos_bias, additional_keys, additional_values, pad_k, pad_v):
+        # torch.compile refuses an autograd.Function that gets one tensor twice, as in attention(x, x, x).
+        again = x is not None and any(x is y for y in given)
+        given.append(x.view_as(x) if again and x is not None else x)
+    result = _NeighborhoodAttention.apply(with_lse, *given, kernel_size, stride, dilation, is_causal, scale)
     return result if with_lse else (result, None)
