@@ -393,4 +393,5 @@ def logits_of_row(axes: list[Axis], heads: int, extra: Tensor | None) -> int:
 
 
 def join(parts: list[Tensor], dim: int) -> Tensor:
+    """``torch.cat`` without a copy of a single part."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
