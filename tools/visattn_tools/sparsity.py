@@ -72,7 +72,8 @@ def costs(name: str, model: Sparsifiner, keep_rates: Sequence[float] = ()) -> It
     where = f"per image of {own[0][0]} tokens"
     yield f"{name}: multiply-accumulates of attention {where}, in millions; dense {dense / 1e6:.1f}"
     yield f"{'keep rate':>9}{'keys':>6}{'pairs':>9}{'predictors':>12}{'total':>9}{'as in the paper':>17}"
-    for rate in keep_rates or [None]:
+    rates: Sequence[float | None] = keep_rates or [None]
+    for rate in rates:
         if rate is not None:
             model.set_budget(rate)
         tokens, budgets = zip(*model.plan())
