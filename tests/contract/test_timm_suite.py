@@ -15,7 +15,15 @@ from runner import own_models, run_model
 
 import visattn  # noqa: F401  registers the models
 
-SMALLEST_REAL = ["biformer_t", "davit_t", "dependencyvit_t", "halonet_h0_256", "sparsifiner_t16", "van_b0"]
+SMALLEST_REAL = [
+    "biformer_t",
+    "davit_t",
+    "dependencyvit_t",
+    "halonet_h0_256",
+    "lookupvit_t16",
+    "sparsifiner_t16",
+    "van_b0",
+]
 
 pytestmark = pytest.mark.contract
 

@@ -69,8 +69,8 @@ class TokenBackbone(nn.Module):
 
     and ends with :meth:`finish`. A family whose blocks pass more than one tensor of tokens along overrides
     :meth:`embed`, :meth:`advance`, :meth:`tokens` and :meth:`forward_features` (its loop, for TorchScript); what they
-    hand on, the state, is its own. A family with other poolings names them in ``own_poolings`` and overrides
-    :meth:`pool`.
+    hand on, the state, is its own. One whose prefix tokens lie elsewhere in the state overrides :meth:`split_tokens`. A
+    family with other poolings names them in ``own_poolings`` and overrides :meth:`pool`.
 
     Args:
         img_size: Image size (height, width) that tables of positions are made for. Other sizes resample them.
@@ -253,6 +253,12 @@ class TokenBackbone(nn.Module):
         """Prefix tokens and the whole grid (B, num_prefix_tokens + N, C) in a state."""
         return state
 
+    def split_tokens(self, state: Any, norm: bool) -> tuple[Tensor, Tensor]:
+        """Prefix tokens (B, P, C) and tokens of the grid (B, N, C) in a state, after the final norm if `norm`."""
+        tokens = self.tokens(state)
+        tokens = self.norm(tokens) if norm else tokens
+        return tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+
     def final_features(self, state: Any) -> Tensor:
         """What :meth:`forward_features` makes of the last block's state."""
         return self.norm(self.tokens(state))
@@ -296,12 +302,10 @@ class TokenBackbone(nn.Module):
             state = self.advance(block, state)
             if i not in take_indices:
                 continue
-            tokens = self.tokens(state)
-            tokens = self.norm(tokens) if norm else tokens
-            prefix, grid = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+            prefix, grid = self.split_tokens(state, norm)
             if output_fmt == "NCHW":
                 grid = grid.reshape(grid.shape[0], H, W, grid.shape[2]).permute(0, 3, 1, 2).contiguous()
-            intermediates.append((grid, prefix) if return_prefix_tokens and self.num_prefix_tokens else grid)
+            intermediates.append((grid, prefix) if return_prefix_tokens and prefix.shape[1] else grid)
         if intermediates_only:
             return intermediates
         return self.final_features(state), intermediates
