@@ -1,4 +1,4 @@
-"""Objectives as a user trains with them: Sparsifiner's strategies from the command line, and mistakes."""
+"""Objectives as a user trains with them: Sparsifiner's strategies, LookupViT's two heads and sizes, and mistakes."""
 
 import argparse
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from visattn_tools import training
 from visattn_tools.cli import UserError
-from visattn_tools.objectives import Objective, objective_for
+from visattn_tools.objectives import LookupViTObjective, Objective, objective_for
 
 Flags = Callable[..., list[str]]
 SPARSIFINER = ["--model", "test_sparsifiner", "--model-kwargs", "img_size=32", "--epochs", "1", "--warmup-epochs", "0"]
@@ -117,3 +117,70 @@ def test_models_without_strategies(flags: Flags) -> None:
     images, targets = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
     expected = torch.nn.functional.cross_entropy(model(images), targets)
     torch.testing.assert_close(objective(model, images, targets, 0), expected)
+
+
+LOOKUPVIT = ["--model", "test_lookupvit", "--epochs", "1", "--warmup-epochs", "0", "--model-kwargs", "img_size=32"]
+
+
+def lookupvit(**kwargs: object) -> tuple[torch.nn.Module, Objective, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = timm.create_model("test_lookupvit", num_classes=3, drop_path_rate=0.0, **kwargs).train()
+    args = argparse.Namespace(strategy=None, seed=7)
+    objective = objective_for(model, torch.nn.functional.cross_entropy, args)
+    return model, objective, torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 1])
+
+
+def test_both_heads_of_a_lookupvit_train() -> None:
+    model, objective, images, targets = lookupvit()
+    loss = objective(model, images, targets, 0)
+    expected = torch.zeros(())
+    for mode in ("compressed", "lookup"):
+        model.set_head_mode(mode)
+        expected = expected + torch.nn.functional.cross_entropy(model(images), targets) / 2
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.eval()(images).shape == (4, 3)
+    model, objective, images, targets = lookupvit(head_mode="compressed")
+    torch.testing.assert_close(
+        objective(model, images, targets, 0), torch.nn.functional.cross_entropy(model(images), targets)
+    )
+
+
+def test_compressed_sizes_are_drawn_per_update() -> None:
+    """The same for all that share the seed, each about as often, and evaluation keeps its own."""
+    sizes = [(2, 2), (3, 3), (4, 4), (2, 5)]
+    model, objective, images, targets = lookupvit(compressed_sizes=sizes)
+    assert isinstance(objective, LookupViTObjective)
+    drawn = [objective.size(step) for step in range(400)]
+    assert [objective.size(step) for step in reversed(range(400))] == drawn[::-1]
+    counts = [drawn.count(size) for size in sizes]
+    assert sum(counts) == 400
+    assert min(counts) > 70
+    assert drawn != [LookupViTObjective(model, objective.criterion, 8).size(step) for step in range(400)]
+    seen = []
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        seen.append(model.compressed_size)
+        return model(images)
+
+    for step in (0, 0, 1, 2):
+        objective(call, images, targets, step)
+    assert seen == [drawn[0], drawn[0], drawn[1], drawn[2]]
+    assert model.compressed_size == (3, 2)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        torch.testing.assert_close(objective(compiled, images, targets, step), objective(model, images, targets, step))
+
+
+def test_a_lookupvit_from_the_command_line(flags: Flags, tmp_path: Path) -> None:
+    """Sizes, accumulation, mixing, checkpointing; a resumed run is the same run."""
+    more = ["compressed_sizes=[2,3,4]", "--mixup", "0.8", "--grad-accum-steps", "2", "--grad-checkpointing"]
+    common = [*LOOKUPVIT, *more, "--sched", "constant", "--lr", "1e-2"]
+    training.main(flags("straight", *common, "--epochs", 2))
+    training.main(flags("broken", *common, "--epochs", 1))
+    training.main(flags("broken", *common, "--epochs", 2, "--resume", "auto"))
+    a, b = load_file(weights(tmp_path, "straight")), load_file(weights(tmp_path, "broken"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    with pytest.raises(UserError, match=r"compressed_size=\(9, 9\) exceeds the lookup grid 4x4 on axis H"):
+        training.main(flags("bad", *LOOKUPVIT, "compressed_sizes=[9]"))

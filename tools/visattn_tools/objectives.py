@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
 
+from visattn.models.lookupvit import LookupViT
 from visattn.models.sparsifiner import Sparsifiner
 
 from .cli import UserError
@@ -91,6 +93,42 @@ class SparsifinerObjective(Objective):
         return total(found, self.weights)
 
 
+class LookupViTObjective(Objective):
+    """The mean of the criterion on the logits of compressed and of lookup tokens; on the logits of one, if the model's
+    head mode is that.
+
+    With ``compressed_sizes`` each update trains one of them, drawn uniformly. The draw depends on nothing but `seed`
+    and the update: all processes of a run, all batches that one update accumulates and a resumed run agree on it.
+
+    Args:
+        model: The model. Training makes it return both logits.
+        criterion: Loss of logits and targets.
+        seed: Of the draws.
+    """
+
+    def __init__(self, model: LookupViT, criterion: Criterion, seed: int) -> None:
+        super().__init__(model, criterion)
+        self.lookupvit, self.seed = model, seed
+        model.set_return_both(model.head_mode == "both")
+
+    def size(self, step: int) -> tuple[int, int]:
+        """Compressed grid of an update."""
+        sizes = self.lookupvit.compressed_sizes or (self.lookupvit.compressed_size,)
+        return sizes[np.random.default_rng((self.seed, step)).integers(len(sizes))]
+
+    def __call__(self, call: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, step: int) -> Tensor:
+        own = self.lookupvit.compressed_size
+        self.lookupvit.set_compressed_size(self.size(step))
+        try:
+            logits: Tensor | tuple[Tensor, Tensor] = call(images)
+        finally:
+            self.lookupvit.set_compressed_size(own)  # that of evaluation
+        if isinstance(logits, Tensor):
+            return self.criterion(logits, targets)
+        compressed, lookup = logits
+        return (self.criterion(compressed, targets) + self.criterion(lookup, targets)) / 2
+
+
 def _teacher(model: Sparsifiner, args: argparse.Namespace) -> Sparsifiner:
     """The dense model: with the weights of ``--teacher-weights``, or with those that training starts from."""
     if not args.teacher_weights:
@@ -148,6 +186,8 @@ def objective_for(model: nn.Module, criterion: Criterion, args: argparse.Namespa
         UserError: Flags that do not fit the model.
     """
     if args.strategy is None:
+        if isinstance(model, LookupViT):
+            return LookupViTObjective(model, criterion, args.seed)
         return Objective(model, criterion)
     if not isinstance(model, Sparsifiner):
         raise UserError(f"--strategy {args.strategy}: {args.model} is no Sparsifiner")
