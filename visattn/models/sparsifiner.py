@@ -699,7 +699,9 @@ def sparsifiner_lv_m(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def sparsifiner_mini(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A small Sparsifiner of ours for 32 px images, 16 tokens: 0.38 M parameters, half of the pairs kept. No pretrained weights."""
+    """A small Sparsifiner of ours for 32 px images, 16 tokens: 0.38 M parameters, half of the pairs kept.
+
+    No pretrained weights."""
     args = {
         "patch_size": 8,
         "embed_dim": 64,
