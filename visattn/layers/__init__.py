@@ -7,6 +7,7 @@ from .global_attention import GlobalAttention
 from .halo import HaloAttention, resize_rel_table
 from .large_kernel import LargeKernelAttention, LargeKernelGate
 from .mlp import DepthwiseMlp
+from .neighborhood import NeighborhoodAttention, WholeMapAttention, resize_bias_table
 from .reversed_attention import ReversedAttention, at_least_float32
 from .sparse_attention import AttentionDetails, SparseAttention, SparsityRecord, record_sparsity
 from .window import WindowAttention
@@ -21,14 +22,17 @@ __all__ = [
     "HaloAttention",
     "LargeKernelAttention",
     "LargeKernelGate",
+    "NeighborhoodAttention",
     "RegionRouter",
     "ReversedAttention",
     "RoutingRecord",
     "SparseAttention",
     "SparsityRecord",
+    "WholeMapAttention",
     "WindowAttention",
     "at_least_float32",
     "record_routing",
     "record_sparsity",
+    "resize_bias_table",
     "resize_rel_table",
 ]

@@ -1,5 +1,5 @@
 """The families. Importing this package registers every model with timm."""
 
-from . import biformer, dependencyvit, dual_attention, halonet, lookupvit, sparsifiner, van
+from . import biformer, dependencyvit, dual_attention, halonet, lookupvit, nat, sparsifiner, van
 
-__all__ = ["biformer", "dependencyvit", "dual_attention", "halonet", "lookupvit", "sparsifiner", "van"]
+__all__ = ["biformer", "dependencyvit", "dual_attention", "halonet", "lookupvit", "nat", "sparsifiner", "van"]
