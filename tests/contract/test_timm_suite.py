@@ -21,6 +21,7 @@ SMALLEST_REAL = [
     "dependencyvit_t",
     "halonet_h0_256",
     "lookupvit_t16",
+    "nat_m",
     "sparsifiner_t16",
     "van_b0",
 ]
