@@ -22,6 +22,7 @@ SMALLEST_REAL = [
     "halonet_h0_256",
     "lookupvit_t16",
     "nat_m",
+    "ninformer_cifar",
     "sparsifiner_t16",
     "van_b0",
 ]
