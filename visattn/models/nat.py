@@ -537,7 +537,7 @@ def _isotropic(file: str = "", **kwargs: Any) -> dict[str, Any]:
 
 
 _IN1K, _IN22K = "dinat/checkpoints/imagenet1k", "dinat/checkpoints/imagenet22k"
-_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
+_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
 
 default_cfgs = generate_default_cfgs(
     {
