@@ -51,8 +51,8 @@ def resample_places(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -
 def resample_readers(weight: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Weights (K, h * w) that sum over the places of the grid `old`, for the grid `new`.
 
-    More places are read with less weight each: the sum stays, else what is read from the same image at twice the size
-    would be four times as large.
+    More places are read with less weight each: the sum stays, but for effects of the border. Else what is read from the
+    same image at twice the size would be four times as large.
     """
     share = (old[0] * old[1]) / (new[0] * new[1])
     return share * resample_places(weight.t(), old, new).t()
