@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import visattn_kernels as vk
 from neighborhood_cases import FULL, OPTIONAL, call, gradients, make, random
 
@@ -75,6 +76,16 @@ AK, AV = torch.zeros(2, 3, 2, 5), torch.zeros(2, 3, 2, 7)
             {"q": Q[0, 0]},
             ValueError,
             r"q has shape \(8, 4, 5\); expected \(B, \*grid, heads, dim\) with a grid of 1 to 3",
+        ),
+        (
+            {"q": Q[None, None]},
+            ValueError,
+            r"q has shape \(1, 1, 2, 6, 8, 4, 5\); expected \(B, \*grid, heads, dim\) with a grid of 1 to 3",
+        ),
+        (
+            {"q": torch.nested.nested_tensor([Q[0], Q[1]], layout=torch.jagged)},
+            TypeError,
+            "q is a sparse or nested tensor; expected a dense one",
         ),
         ({"q": Q[:, :0]}, ValueError, r"q has shape \(2, 0, 8, 4, 5\); every axis but the batch must be at least 1"),
         ({"k": K[..., :0, :]}, ValueError, r"k has shape \(2, 6, 8, 0, 5\); every axis but the batch"),
@@ -168,11 +179,19 @@ def test_bad_input(change, error, message):
 
 
 def test_what_natten_cannot_do_works():
-    """Batch 0, an axis of one token, a kernel of one: only the token itself."""
+    """Batch 0, an axis of one token, a kernel of one (only the token itself), any head dim and dtype, no data at all,
+    causal windows as long as the axis, gradients on a CPU."""
     assert vk.na2d(Q[:0], K[:0], V[:0], 3).shape == (0, 6, 8, 4, 7)
     q, v = random(2, 1, 8, 2, 5), random(2, 1, 8, 2, 7)
     torch.testing.assert_close(vk.na2d(q, q, v, 1), v)
     assert vk.na2d(q, q, v, (1, 3)).isfinite().all()
+    x = random(2, 6, 2, 24).requires_grad_()
+    out = vk.na1d(x, x, x, 6, is_causal=True)
+    expected = F.scaled_dot_product_attention(*[x.transpose(1, 2)] * 3, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(*([torch.autograd.grad(y.square().sum(), x)[0]] for y in (out, expected))):
+        torch.testing.assert_close(a, b)
+    assert vk.na2d(*(t.to("meta") for t in (Q, K, V)), 3).shape == (2, 6, 8, 4, 7)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +212,16 @@ def test_what_natten_cannot_do_works():
             lambda: vk.na2d(Q, K, V, 3, q_tile_shape=(8, 8)),
             ValueError,
             r"q_tile_shape=\(8, 8\) tunes NATTEN's kernels and has no effect here; leave it out",
+        ),
+        (
+            lambda: vk.na2d(Q, K, V, 3, kv_tile_shape=(8, 8)),
+            ValueError,
+            r"kv_tile_shape=\(8, 8\) tunes NATTEN's kernels and has no effect here",
+        ),
+        (
+            lambda: vk.na2d(Q, K, V, 3, kernel_schedule="fast"),
+            ValueError,
+            "kernel_schedule='fast' tunes NATTEN's kernels and has no effect here",
         ),
         (lambda: vk.na2d(Q, K, V, 3, torch_compile=True), ValueError, "torch_compile=True tunes NATTEN's kernels"),
         (lambda: vk.merge_attentions([Q], [Q[..., 0]]), ValueError, "1 outputs and 1 lse_tensors; expected as many"),
