@@ -55,8 +55,8 @@ DILATIONS: dict[str, tuple[Pattern, ...]] = {
     "dinat_s_segmentation": ((1, 16), (1, 8), (1, 2, 1, 3, 1, 4), (1, 2)),
     "dinat_s_l_segmentation": ((1, 20), (1, 10), (1, 2, 1, 3, 1, 4, 1, 5), (1, 2)),
 }
-"""The authors' dilations per stage, by model and task; patterns repeat over a stage's blocks. Mask2Former's third stage
-is published in excerpt, continued here as it begins."""
+"""The authors' dilations per stage, by model and task; patterns repeat over a stage's blocks. Third stages that are
+printed in excerpt go on as they begin."""
 
 
 def dilations_of(pattern: Any, depth: int, name: str) -> list[int]:
