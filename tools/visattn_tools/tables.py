@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
+
+import visattn  # noqa: F401  registers the models
+
 from .cli import Parser, UserError
 from .files import write_text
 
@@ -49,7 +53,10 @@ def model_table(families: dict[str, Any], measured: dict[str, Any]) -> str:
 
 def card(key: str, family: dict[str, Any], measured: dict[str, Any]) -> str:
     """The model card of one family, in the layout of the Hugging Face hub."""
-    first = measured[next(iter(family["models"]))]["count"]
+    name = next(iter(family["models"]))
+    first = measured[name]["count"]
+    backbone: Any = timm.create_model(name, features_only=True, device="meta")
+    strides = ", ".join(map(str, backbone.feature_info.reduction()))
     limits = "\n".join(f"- {limit}" for limit in family["limits"])
     return f"""---
 library_name: timm
@@ -78,8 +85,8 @@ reported; we have not re-measured it.
 ```python
 import timm, visattn
 
-model = timm.create_model("{next(iter(family["models"]))}", num_classes=10)
-features = timm.create_model("{next(iter(family["models"]))}", features_only=True)  # maps of stride 4, 8, 16, 32
+model = timm.create_model("{name}", num_classes=10)
+features = timm.create_model("{name}", features_only=True)  # maps of stride {strides}
 ```
 
 ## Weights
