@@ -76,7 +76,7 @@ def check_compressed_size(size: tuple[int, int], grid_size: tuple[int, int]) -> 
         if new > old:
             raise ValueError(
                 f"compressed_size={size} exceeds the lookup grid {grid_size[0]}x{grid_size[1]} on axis {axis}; "
-                f"use at most {grid_size}, or larger images"
+                f"use at most {grid_size}, or larger images (img_size, set_input_size)"
             )
 
 
@@ -330,6 +330,8 @@ class LookupViT(TokenBackbone):
         _one_of(reverse, REVERSES, "reverse")
         self.antialias = antialias
         self.set_compressed_size(compressed_size)
+        if isinstance(compressed_sizes, int):
+            raise ValueError(f"compressed_sizes={compressed_sizes} must be a list of sizes")
         self.compressed_sizes = tuple(self._checked_size(size) for size in compressed_sizes or ())
         self.set_head_mode(head_mode)
         self.set_return_both(return_both)
@@ -358,15 +360,17 @@ class LookupViT(TokenBackbone):
 
     def _grid(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         grid_size = super()._grid(img_size)
-        size = getattr(self, "compressed_size", None)  # the base asks before there is one
-        if size is not None:
-            check_compressed_size(size, grid_size)
+        if hasattr(self, "compressed_size"):  # the base asks before there are sizes
+            for size in (self.compressed_size, *self.compressed_sizes):
+                check_compressed_size(size, grid_size)
         return grid_size
 
     def _checked_size(self, size: int | tuple[int, int]) -> tuple[int, int]:
-        height, width = to_2tuple(size)
-        check_compressed_size((height, width), self.grid_size)
-        return height, width
+        pair = tuple(to_2tuple(size))
+        if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
+            raise ValueError(f"compressed_size={size!r} must be a pair of ints (h, w), or an int for a square")
+        check_compressed_size(pair, self.grid_size)
+        return pair
 
     @torch.jit.ignore
     def set_compressed_size(self, size: int | tuple[int, int]) -> None:
@@ -632,8 +636,8 @@ def lookupvit_l16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def lookupvit_mini(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A small LookupViT of ours for 32 px images, 64 lookup tokens: 0.62 M parameters. No pretrained weights."""
-    args = {"patch_size": 4, "embed_dim": 64, "depth": 6, "num_heads": 4, "compressed_size": 3}
+    """A small LookupViT of ours for 32 px images, 16 lookup tokens: 0.62 M parameters. No pretrained weights."""
+    args = {"patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "compressed_size": 2}
     return _create_lookupvit("lookupvit_mini", pretrained, **dict(args, **kwargs))
 
 
