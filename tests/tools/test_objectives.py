@@ -173,6 +173,42 @@ def test_compressed_sizes_are_drawn_per_update() -> None:
         torch.testing.assert_close(objective(compiled, images, targets, step), objective(model, images, targets, step))
 
 
+def _train_on_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model, objective, images, targets = lookupvit(compressed_sizes=[2, 3, 4, 5, 6])
+    torch.manual_seed(rank)  # processes augment and drop differently
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    seen, optimizer = [], torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        seen.append(model.compressed_size)
+        return wrapped(images)
+
+    for step in range(6):
+        torch.randn(rank + 1)
+        objective(call, images[2 * rank : 2 * rank + 2], targets[2 * rank : 2 * rank + 2], step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save({"seen": seen, "weights": model.state_dict()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_all_processes_train_the_same_size(tmp_path: Path) -> None:
+    """Two processes with half of the batch each train what one does with all of it."""
+    torch.multiprocessing.spawn(_train_on_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["seen"] == second["seen"]
+    assert len(set(first["seen"])) > 1
+    model, objective, images, targets = lookupvit(compressed_sizes=[2, 3, 4, 5, 6])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(6):
+        objective(model, images, targets, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for saved in (first, second):
+        torch.testing.assert_close(saved["weights"], dict(model.state_dict()))
+
+
 def test_a_lookupvit_from_the_command_line(flags: Flags, tmp_path: Path) -> None:
     """Sizes, accumulation, mixing, checkpointing; a resumed run is the same run."""
     more = ["compressed_sizes=[2,3,4]", "--mixup", "0.8", "--grad-accum-steps", "2", "--grad-checkpointing"]

@@ -7,11 +7,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import visattn
@@ -38,16 +41,21 @@ def parser() -> Parser:
 
 def count(name: str, img_size: int | None = None) -> dict[str, Any]:
     """Parameters, and GMACs of one image: half the FLOPs of convs and matrix products by torch's counter."""
-    model: Any = timm.create_model(name, device="meta").eval()
+    model: Any = timm.create_model(name, device="meta")
     channels, *size = model.default_cfg["input_size"]
     size = [img_size, img_size] if img_size else size
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, channels, *size, device="meta"))
     return {
         "params": sum(p.numel() for p in model.parameters()),
-        "gmacs": round(counter.get_total_flops() / 2e9, 4),
+        "gmacs": gmacs(model, (channels, *size)),
         "input_size": [channels, *size],
     }
+
+
+def gmacs(model: nn.Module, input_size: Sequence[int]) -> float:
+    """GMACs of one image (C, H, W) in evaluation, by a model on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(torch.empty(1, *input_size, device="meta"))
+    return round(counter.get_total_flops() / 2e9, 4)
 
 
 def _step(name: str, args: Any) -> Callable[[], None]:
@@ -76,14 +84,24 @@ def _step(name: str, args: Any) -> Callable[[], None]:
 
 def measure(args: Any) -> dict[str, dict[str, Any]]:
     """Median images per second of every model; the models take turns, so that a slow spell of the machine hits all."""
-    steps = {name: _step(name, args) for name in args.models}
+    times = take_turns({name: _step(name, args) for name in args.models}, args.rounds, args.device)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    peer = medians[args.models[0]]
+    return {
+        name: {"images_per_second": round(args.batch_size / t, 2), "ratio_to_peer": round(peer / t, 3)}
+        for name, t in medians.items()
+    }
+
+
+def take_turns(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every step in every round. Two rounds before them warm up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
 
     def synchronize() -> None:
-        if torch.device(args.device).type == "cuda":
+        if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
 
-    for turn in range(args.rounds + 2):  # two rounds warm up
+    for turn in range(rounds + 2):
         for name, step in steps.items():
             synchronize()
             start = time.perf_counter()
@@ -91,12 +109,29 @@ def measure(args: Any) -> dict[str, dict[str, Any]]:
             synchronize()
             if turn >= 2:
                 times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    peer = medians[args.models[0]]
-    return {
-        name: {"images_per_second": round(args.batch_size / t, 2), "ratio_to_peer": round(peer / t, 3)}
-        for name, t in medians.items()
-    }
+    return times
+
+
+def peak_memory(step: Callable[[], None], device: str) -> int:
+    """Bytes that a step allocates on top of what is there before, at most at a time.
+
+    On a CPU these are the tensors of torch's allocator; the workspace of its libraries is not seen.
+    """
+    step()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and its search for a GPU are no news
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    results: Any = record.profiler
+    changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0))
 
 
 def hardware(device: str) -> str:
@@ -109,6 +144,28 @@ def hardware(device: str) -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
+
+
+def read_results(path: Path | None) -> dict[str, Any]:
+    """Results in a file, by model; none if there is no such file.
+
+    Raises:
+        UserError: It is no JSON.
+    """
+    try:
+        return json.loads(path.read_text()) if path and path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"--output {path} exists and is no JSON: {error}") from error
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write results, by model."""
+    write_text(path, json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def stamp() -> dict[str, str]:
+    """What measured, and when."""
+    return {"torch": torch.__version__.split("+")[0], "timm": timm.__version__, "date": date.today().isoformat()}
 
 
 def main(argv: Sequence[str] | None) -> None:
@@ -124,11 +181,7 @@ def main(argv: Sequence[str] | None) -> None:
             raise UserError(f"unknown model {name!r}{nearest(name, known)}")
     names = args.models or [n for n in visattn.list_models() if not n.startswith("test_")]
     args.models = names
-    try:
-        results = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
-    except ValueError as error:
-        raise UserError(f"--output {args.output} exists and is no JSON: {error}") from error
-
+    results = read_results(args.output)
     if args.bench == "count":
         figures = {name: count(name, args.img_size) for name in names}
         for name, f in figures.items():
@@ -148,7 +201,6 @@ def main(argv: Sequence[str] | None) -> None:
             print(f"{name:24} {f['images_per_second']:10.2f} images/s, {f['ratio_to_peer']:.2f}x {names[0]}")
             f.update(about)
     if args.output:
-        stamp = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__, "date": date.today().isoformat()}
         for name, f in figures.items():
-            results.setdefault(name, {})[args.bench] = {**f, **stamp}
-        write_text(args.output, json.dumps(results, indent=1, sort_keys=True) + "\n")
+            results.setdefault(name, {})[args.bench] = {**f, **stamp()}
+        write_results(args.output, results)
