@@ -18,6 +18,7 @@ from torch import nn
 import visattn
 
 from . import report
+from .benchmark import hardware
 from .checkpoint import ModelInfo, load_state, mismatch, read_header, save_state, save_weights
 from .cli import Interrupted, UserError
 from .config import parse_train_args, saved_config
@@ -163,7 +164,9 @@ class _Run:
                 f"note: the average of --model-ema-decay {self.args.model_ema_decay} spans about {window:.0f} updates "
                 f"and the run has {updates}: it will hold on to the start; lower it or add --model-ema-warmup"
             )
-        folder.log("resume" if state else "start", argv=sys.argv[1:], torch=torch.__version__, timm=timm.__version__)
+        where = {"hardware": hardware(self.args.device), "threads": torch.get_num_threads()}
+        versions = {"torch": torch.__version__, "timm": timm.__version__}
+        folder.log("resume" if state else "start", argv=sys.argv[1:], **versions, **where)
         start = time.monotonic()
         with StopSignals() as stop:
             try:
