@@ -13,6 +13,12 @@ def _why_not_triton() -> str | None:
     return "this version has no Triton kernel for it"
 
 
+def _lightest(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> str:
+    """``recompute`` where the N x N probabilities that backward would keep outweigh the inputs."""
+    kept = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gate))
+    return "recompute" if kept and q.shape[1] > 2 * q.shape[3] + v.shape[3] else "reference"
+
+
 def _check_arguments(q: Tensor, k: Tensor, gate: Tensor) -> None:
     check_tokens(q, "q")
     check_same(q, "q", k=k)
@@ -43,7 +49,8 @@ def reversed_attention(
         gate: Factor of every child's value (B, N, heads): head selector times message. In the dtype of `q` or float32.
         scale: Factor of the logits. Default: dim ** -0.5.
         backend: ``reference``, ``recompute``, ``triton`` or None for the automatic choice; see
-            :mod:`visattn_kernels.backend`. ``reference`` keeps N x N probabilities for backward, ``recompute`` none.
+            :mod:`visattn_kernels.backend`. ``reference`` keeps N x N probabilities for backward, ``recompute`` none and
+            has no second derivatives. None never keeps N x N numbers that outweigh the inputs.
 
     Returns:
         Output (B, N, heads, dim_v) in the dtype of `q`.
@@ -66,7 +73,8 @@ def _checked_attention(q, k, v, gate, scale, backend) -> Tensor:  # type: ignore
     if v.shape[:3] != q.shape[:3]:
         raise ValueError(f"v has shape {tuple(v.shape)}; expected batch, tokens and heads of q, {tuple(q.shape)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if select_backend("reversed_attention", backend, _why_not_triton) == "recompute":
+    chosen = select_backend("reversed_attention", backend, _why_not_triton, fallback=_lightest(q, k, v, gate))
+    if chosen == "recompute":
         return recompute_attention(q, k, v, gate, scale)
     return reference.reversed_attention(q, k, v, gate, scale)
 
