@@ -1,6 +1,7 @@
 """``tools/compute_points.py``: what a LookupViT costs by its compressed grid, beside a ViT of the same size."""
 
 import argparse
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -98,11 +99,12 @@ def _step(model: nn.Module, x: Tensor, amp: bool, size: tuple[int, int] | None =
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """GMACs, images per second and memory of every compressed grid, and of the peer under ``peer``.
+    """GMACs, images per second and memory of the peer, then of every compressed grid.
 
     Everything runs in one process and takes turns, so that a slow spell of the machine meets all; the ratio is the
     median of those within a round.
     """
+    load = os.getloadavg()[0]
     counted, counted_peer = _checked(args, "meta")
     channels = counted.in_chans
     macs = {"peer": gmacs(counted_peer, (channels, args.img_size, args.img_size))}
@@ -115,22 +117,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         macs[label] = gmacs(counted, (channels, args.img_size, args.img_size))
         steps[label] = _step(model, x, args.amp, size)
     times = take_turns(steps, args.rounds, args.device)
-    points = {}
+    points = []
     for label, step in steps.items():
         owner = peer if label == "peer" else model
         ratios = [theirs / ours for theirs, ours in zip(times["peer"], times[label])]
-        points[label] = {
+        point = {
+            "compressed": label,
             "gmacs": macs[label],
             "images_per_second": round(args.batch_size / statistics.median(times[label]), 2),
             "ratio_to_peer": round(statistics.median(ratios), 2),
             "weights_mib": round(sum(p.numel() * p.element_size() for p in owner.parameters()) / 2**20, 1),
             "activations_mib": round(peak_memory(step, args.device) / 2**20, 1),
         }
+        points.append(point)
     return {
         "peer": args.peer,
         "points": points,
         "hardware": hardware(args.device),
         "threads": torch.get_num_threads(),
+        "load_before": round(load, 1),
         "batch_size": args.batch_size,
         "img_size": args.img_size,
         "dtype": "bfloat16 autocast" if args.amp else "float32",
@@ -140,11 +145,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(name: str, figures: dict[str, Any]) -> Iterator[str]:
     """Lines of a table of what :func:`measure` found."""
-    about = ("hardware", "threads", "batch_size", "img_size", "dtype", "rounds")
+    about = ("hardware", "threads", "load_before", "batch_size", "img_size", "dtype", "rounds")
     yield f"{name} beside {figures['peer']}: " + ", ".join(f"{key} {figures[key]}" for key in about)
     yield f"{'compressed':<12}{'GMACs':>8}{'images/s':>10}{'times peer':>12}{'weights MiB':>13}{'activations MiB':>17}"
-    for label, f in figures["points"].items():
+    for f in figures["points"]:
         yield (
-            f"{label:<12}{f['gmacs']:>8.2f}{f['images_per_second']:>10.2f}{f['ratio_to_peer']:>12.2f}"
+            f"{f['compressed']:<12}{f['gmacs']:>8.2f}{f['images_per_second']:>10.2f}{f['ratio_to_peer']:>12.2f}"
             f"{f['weights_mib']:>13.1f}{f['activations_mib']:>17.1f}"
         )

@@ -621,7 +621,7 @@ def lookupvit_s16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def lookupvit_b16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LookupViT of ViT-B's size: 137.03 M parameters; 6.67, 8.47, 11.18 or 17.01 GMACs with 3x3, 5x5, 7x7 or 10x10
+    """LookupViT of ViT-B's size: 137.02 M parameters; 6.67, 8.47, 11.18 or 17.01 GMACs with 3x3, 5x5, 7x7 or 10x10
     compressed tokens. No weights published, no top-1 that we could cite."""
     return _create_lookupvit("lookupvit_b16", pretrained, **kwargs)
 
