@@ -15,11 +15,12 @@ def random(*shape, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
-def test_deit_weights(tmp_path, caplog):
-    """The authors' DeiT files, a dictionary with the entry `model`: the dense model is timm's."""
+@pytest.mark.parametrize("wrap", [lambda state: {"model": state}, lambda state: state], ids=["authors", "timm"])
+def test_deit_weights(wrap, tmp_path, caplog):
+    """The authors' DeiT files, a dictionary with the entry `model`, and timm's bare ones: the dense model is timm's."""
     theirs = timm.create_model("deit_tiny_patch16_224", num_classes=9, dtype=torch.float64).eval()
     path = tmp_path / "deit.pth"
-    torch.save({"model": theirs.state_dict()}, path)
+    torch.save(wrap(theirs.state_dict()), path)
     with caplog.at_level(logging.WARNING):
         ours = load("sparsifiner_t16", path, 9, execution="dense")
     assert "sparsifiner_t16: the checkpoint has no mask_predictor; these start untrained" in caplog.text
