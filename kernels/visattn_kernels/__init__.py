@@ -16,7 +16,9 @@ from .bi_level_routing import (
     topk_routing,
 )
 from .channel_group import channel_group_attention
+from .depthwise_conv import depthwise_conv
 from .halo import halo_attention
+from .layer_norm import add_layer_norm, layer_norm
 from .neighborhood import merge_attentions, na1d, na2d, na3d, neighborhood_attention
 from .reversed_attention import reversed_attention, reversed_attention_mask
 from .sparse_attention import sparse_attention
@@ -24,10 +26,13 @@ from .window import window_attention
 
 __all__ = [
     "POOL_MODES",
+    "add_layer_norm",
     "available_backends",
     "bi_level_routing_attention",
     "channel_group_attention",
+    "depthwise_conv",
     "halo_attention",
+    "layer_norm",
     "merge_attentions",
     "na1d",
     "na2d",

@@ -70,7 +70,7 @@ def select_backend(
         op: Operator name for messages.
         requested: The caller's ``backend`` argument.
         why_not_triton: Returns the first condition that keeps the Triton kernel from running, or None.
-        recompute: Whether the operator has that backend.
+        recompute: Whether the operator has that backend. Where not, ``reference`` is what the override means.
         fallback: The automatic choice where neither Triton can run nor the caller is traced or exported; those always
             get ``reference``. An operator whose logits outweigh its inputs names ``recompute``.
 
@@ -87,6 +87,8 @@ def select_backend(
         if reason is not None:
             raise ValueError(f"backend='triton' cannot run {op}: {reason}; use backend=None or 'reference'")
     if name == "recompute" and not recompute:
+        if requested is None:  # said of all operators, and means plain torch here as there
+            return "reference"
         raise ValueError(f"backend='recompute' cannot run {op}: it has no such kernel; use backend=None or 'reference'")
     return name
 

@@ -276,6 +276,15 @@ def test_nan_stays_where_it_is_attended():
         assert not out[0, 2:].isnan().any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_region_routed_to_gives_zeros(backend):
+    q, k, v = (random(2, 4, 6, 2, 8).requires_grad_() for _ in range(3))
+    out = vk.bi_level_routing_attention(q, k, v, torch.zeros(2, 4, 0, dtype=torch.int64), 2, backend=backend)
+    assert out.shape == q.shape
+    assert not out.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
 # --- routing and pooling ---------------------------------------------------------------------------------------------
 
 
@@ -349,11 +358,10 @@ INDICES = torch.zeros(2, 4, 3, dtype=torch.int64)
         ({"indices": INDICES.to("meta")}, ValueError, "indices is on meta but q is on cpu"),
         ({"indices": INDICES + 4}, ValueError, "indices has entries from 4 to 4; allowed are 0 to 3"),
         ({"indices": INDICES - 1}, ValueError, "indices has entries from -1 to -1; allowed are 0 to 3"),
-        ({"indices": INDICES[..., :0]}, ValueError, "topk=0 must be between 1 and the number of key regions, 4"),
         (
             {"indices": torch.zeros(2, 4, 5).long()},
             ValueError,
-            "topk=5 must be between 1 and the number of key regions, 4",
+            "topk=5 must be between 0 and the number of key regions, 4",
         ),
         ({"weights": torch.ones(2, 4, 2)}, ValueError, r"weights has shape \(2, 4, 2\); expected the shape of indices"),
         ({"pad_k": torch.zeros(8)}, ValueError, r"pad_k has shape \(8,\); expected \(heads, dim\) = \(2, 8\)"),
@@ -361,7 +369,7 @@ INDICES = torch.zeros(2, 4, 3, dtype=torch.int64)
         (
             {"backend": "triton"},
             ValueError,
-            "backend='triton' cannot run bi_level_routing_attention: this version has no",
+            "backend='triton' cannot run bi_level_routing_attention: tensors are on cpu, it needs a CUDA device",
         ),
     ],
 )
@@ -374,7 +382,7 @@ def test_bad_input(change, error, message):
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda: vk.region_routing(Q, Q, 2, 5), "topk=5 must be between 1 and the number of key regions, 4"),
+        (lambda: vk.region_routing(Q, Q, 2, 5), "topk=5 must be between 0 and the number of key regions, 4"),
         (lambda: vk.region_routing(Q, Q[:, :3], 2, 1), r"k has shape \(2, 3, 6, 2, 8\); expected the shape of q"),
         (lambda: vk.region_routing(Q, Q, 2, 1, pad_q=Q), "pad_q has shape"),
         (lambda: vk.region_descriptors(Q[0], 2), "x has shape"),

@@ -2,6 +2,7 @@
 
 from .bi_level_routing import BiLevelRoutingAttention, RegionRouter, RoutingRecord, record_routing
 from .channel_group import ChannelGroupAttention
+from .channels_last import DepthwiseConv, MapNorm
 from .connectivity import ConnectivityPredictor
 from .global_attention import GlobalAttention
 from .halo import HaloAttention, resize_rel_table
@@ -17,11 +18,13 @@ __all__ = [
     "BiLevelRoutingAttention",
     "ChannelGroupAttention",
     "ConnectivityPredictor",
+    "DepthwiseConv",
     "DepthwiseMlp",
     "GlobalAttention",
     "HaloAttention",
     "LargeKernelAttention",
     "LargeKernelGate",
+    "MapNorm",
     "NeighborhoodAttention",
     "RegionRouter",
     "ReversedAttention",

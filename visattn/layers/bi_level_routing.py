@@ -17,6 +17,8 @@ from visattn_kernels import (
     topk_routing,
 )
 
+from .channels_last import DepthwiseConv
+
 register_notrace_function(bi_level_routing_attention)
 
 PAD_MODES = ("pre", "post")
@@ -185,11 +187,7 @@ class BiLevelRoutingAttention(nn.Module):
             embed=param_routing,
             **dd,
         )
-        self.lepe = (
-            nn.Conv2d(dim, dim, lepe_kernel_size, padding=lepe_kernel_size // 2, groups=dim, **dd)
-            if lepe_kernel_size > 0
-            else None
-        )
+        self.lepe = DepthwiseConv(dim, lepe_kernel_size, **dd) if lepe_kernel_size > 0 else None
         self.proj = nn.Linear(dim, dim, **dd) if proj else nn.Identity()
 
     def _outside(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -201,18 +199,19 @@ class BiLevelRoutingAttention(nn.Module):
         heads = self.num_heads
         return q.reshape(heads, -1), k.reshape(heads, -1), v.reshape(heads, -1)
 
-    def _local_position(self, v: Tensor, pad_v: Tensor | None, rows: int, cols: int) -> Tensor:
-        """LePE of values (B, H, W, heads, dim) that are followed by `rows` and `cols` tokens of padding."""
+    def _add_local_position(self, out: Tensor, v: Tensor, pad_v: Tensor | None, rows: int, cols: int) -> Tensor:
+        """`out` plus LePE of values (B, H, W, heads, dim) that are followed by `rows` and `cols` tokens of padding."""
         B, H, W = v.shape[0], v.shape[1], v.shape[2]
         x = v.reshape(B, H, W, -1)
         assert self.lepe is not None
-        if pad_v is not None:
-            # The conv sees the padding as far as its kernel reaches; beyond the padded map it sees zeros.
-            fill = pad_v.to(x.dtype).reshape(-1)
-            rows, cols = min(rows, self.lepe_margin), min(cols, self.lepe_margin)
-            x = torch.cat([x, fill.expand(B, H, cols, x.shape[-1])], dim=2)
-            x = torch.cat([x, fill.expand(B, rows, W + cols, x.shape[-1])], dim=1)
-        return self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, :H, :W]
+        if pad_v is None:
+            return self.lepe(x, out)
+        # The conv sees the padding as far as its kernel reaches; beyond the padded map it sees zeros.
+        fill = pad_v.to(x.dtype).reshape(-1)
+        rows, cols = min(rows, self.lepe_margin), min(cols, self.lepe_margin)
+        x = torch.cat([x, fill.expand(B, H, cols, x.shape[-1])], dim=2)
+        x = torch.cat([x, fill.expand(B, rows, W + cols, x.shape[-1])], dim=1)
+        return out + self.lepe(x)[:, :H, :W]
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
@@ -253,7 +252,7 @@ class BiLevelRoutingAttention(nn.Module):
             kv_region_size=kv_region,
         ).reshape(B, H, W, C)
         if self.lepe is not None:
-            out = out + self._local_position(v, pad_v, rows, cols)
+            out = self._add_local_position(out, v, pad_v, rows, cols)
         return self.proj(out)
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .channels_last import DepthwiseConv
+
 LEPE_SOURCES = ("none", "input", "value")
 
 
@@ -46,11 +48,7 @@ class GlobalAttention(nn.Module):
         self.num_heads = num_heads
         self.lepe_of_value = lepe == "value"
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.lepe = (
-            nn.Conv2d(dim, dim, lepe_kernel_size, padding=lepe_kernel_size // 2, groups=dim, **dd)
-            if lepe != "none" and lepe_kernel_size > 0
-            else None
-        )
+        self.lepe = DepthwiseConv(dim, lepe_kernel_size, **dd) if lepe != "none" and lepe_kernel_size > 0 else None
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,5 +58,5 @@ class GlobalAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
         if self.lepe is not None:
             local = qkv[..., 2 * C :] if self.lepe_of_value else x
-            out = out + self.lepe(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            out = self.lepe(local, out)
         return self.proj(out)

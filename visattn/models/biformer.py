@@ -15,7 +15,6 @@ import torch
 from timm.layers import (
     ClassifierHead,
     DropPath,
-    LayerNorm,
     LayerNorm2d,
     LayerScale,
     Mlp,
@@ -25,7 +24,7 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from ..layers import BiLevelRoutingAttention, DepthwiseMlp, GlobalAttention
+from ..layers import BiLevelRoutingAttention, DepthwiseConv, DepthwiseMlp, GlobalAttention, MapNorm
 from ._builder import StateDict, build_model, register_model, unwrap, weights_cfg
 from ._pyramid import PyramidBackbone, PyramidStage, per_stage
 
@@ -80,12 +79,12 @@ class ConvMixer(nn.Module):
     def __init__(self, dim: int, **dd: Any) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(dim, dim, 1, **dd)
-        self.dwconv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.dwconv = DepthwiseConv(dim, 5, **dd)
         self.conv2 = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv2(self.dwconv(self.conv1(x.permute(0, 3, 1, 2))))
-        return x.permute(0, 2, 3, 1)
+        x = self.dwconv(self.conv1(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class BiFormerBlock(nn.Module):
@@ -105,21 +104,21 @@ class BiFormerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
-        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if pos_embed else None
-        self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
+        self.pos_embed = DepthwiseConv(dim, 3, **dd) if pos_embed else None
+        self.norm1 = MapNorm(dim, eps=1e-6, **dd)
         self.attn = mixer
         self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
-        self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
+        self.norm2 = MapNorm(dim, eps=1e-6, **dd)
         self.mlp = (DepthwiseMlp if mlp_dwconv else Mlp)(dim, int(dim * mlp_ratio), **dd)
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pos_embed is not None:
-            x = x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x = self.pos_embed(x, x)
         if self.pre_norm:
-            x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-            return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+            both = self.norm2.add(x, self.drop_path(self.ls1(self.attn(self.norm1(x)))))
+            return both[0] + self.drop_path(self.ls2(self.mlp(both[1])))
         x = self.norm1(x + self.drop_path(self.ls1(self.attn(x))))
         return self.norm2(x + self.drop_path(self.ls2(self.mlp(x))))
 

@@ -1,15 +1,20 @@
 """Public functions of bi-level routing attention: validation, geometry, choice of backend."""
 
+import os
+
 import torch
 from torch import Tensor
 
 from ..backend import select_backend
 from ..checks import check_map, check_pad, check_same, to_pair
+from ..triton_support import too_wide, why_not, why_not_heads
 from . import reference
-from .ops import recompute_attention
+from .ops import recompute_attention, triton_attention, triton_region_routing
 
 POOL_MODES = ("avg", "max", "adaptive_avg", "adaptive_max")
 """Poolings of :func:`pool_regions`."""
+MAX_ROUTED = 1024
+"""Regions that the fused routing takes: the affinities of 16 of them to all fit a tile."""
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -38,11 +43,13 @@ def _region_size(
 
 
 def _check_topk(topk: int, regions: int) -> None:
-    if not 1 <= topk <= regions:
-        raise ValueError(f"topk={topk} must be between 1 and the number of key regions, {regions}")
+    if not 0 <= topk <= regions:
+        raise ValueError(f"topk={topk} must be between 0 and the number of key regions, {regions}")
 
 
 Pair = tuple[int, int]
+_CHECK_INDICES = os.environ.get("VISATTN_CHECK_INDICES", "0") not in ("", "0")
+"""Debug mode: indices are range-checked on a GPU too, at the price of a synchronisation per call."""
 
 
 def _check_regions(
@@ -128,7 +135,7 @@ def topk_routing(q: Tensor, k: Tensor, topk: int, scale: float = 1.0) -> tuple[T
     Args:
         q: Query descriptors (B, R, C).
         k: Key descriptors (B, Rk, C).
-        topk: Regions to keep, 1 to Rk.
+        topk: Regions to keep, 0 to Rk.
         scale: Factor of the affinities. It changes the weights, not the indices.
 
     Returns:
@@ -159,7 +166,7 @@ def region_routing(
         q: Queries (B, H, W, heads, dim).
         k: Keys, same shape as `q`.
         num_regions: Regions per axis (gh, gw); an int means both.
-        topk: Regions to keep per query region, 1 to gh * gw. One choice serves all heads.
+        topk: Regions to keep per query region, 0 to gh * gw. One choice serves all heads.
         region_size: Tokens per region (rh, rw). Default: ceil(H / gh), ceil(W / gw).
         pad_q: Value (heads, dim) of queries outside the map. Default: zeros.
         pad_k: Value (heads, dim) of keys outside the map. Default: zeros.
@@ -179,8 +186,25 @@ def region_routing(
         assert region_size is not None
         return reference.region_routing(q, k, num_regions, topk, region_size, pad_q, pad_k, count_padding, scale)
     else:
-        num, size = _check_routing(q, k, num_regions, topk, region_size, pad_q, pad_k)
-        return reference.region_routing(q, k, num, topk, size, pad_q, pad_k, count_padding, scale)
+        return _checked_routing(q, k, num_regions, topk, region_size, pad_q, pad_k, count_padding, scale)
+
+
+def _checked_routing(  # type: ignore[no-untyped-def]
+    q, k, num_regions, topk, region_size, pad_q, pad_k, count_padding, scale
+) -> tuple[Tensor, Tensor]:
+    num, size = _check_routing(q, k, num_regions, topk, region_size, pad_q, pad_k)
+    run = reference.region_routing
+    # The fused kernels decide; a routing that is to be differentiated is plain torch's on every backend.
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, pad_q, pad_k))):
+        name = select_backend("region_routing", None, lambda: _why_not_triton_routing(q, k, num), recompute=False)
+        run = triton_region_routing if name == "triton" else run
+    return run(q, k, num, topk, size, pad_q, pad_k, count_padding, scale)
+
+
+def _why_not_triton_routing(q: Tensor, k: Tensor, num: Pair) -> str | None:
+    if num[0] * num[1] > MAX_ROUTED:
+        return f"there are {num[0] * num[1]} regions, it takes up to {MAX_ROUTED}"
+    return why_not(q) or too_wide(q) or too_wide(k)
 
 
 def pool_regions(
@@ -234,15 +258,18 @@ def _check_indices(indices: Tensor, q: Tensor, regions: int, kv_regions: int) ->
         )
     _check_topk(indices.shape[-1], kv_regions)
     # Reading values needs concrete memory, and costs a synchronisation on a GPU.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or indices.device.type != "cpu" or not indices.numel():
+    readable = indices.device.type == "cpu" or (indices.is_cuda and _CHECK_INDICES)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not readable or not indices.numel():
         return
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= kv_regions:
         raise ValueError(f"indices has entries from {low} to {high}; allowed are 0 to {kv_regions - 1}")
 
 
-def _why_not_triton() -> str | None:
-    return "this version has no Triton kernel for it"
+def _why_not_triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    if scale <= 0:
+        return f"scale is {scale}, it takes a positive one"
+    return why_not_heads(q, k, v)
 
 
 def bi_level_routing_attention(
@@ -270,7 +297,8 @@ def bi_level_routing_attention(
         k: Keys (B, Hk, Wk, heads, dim).
         v: Values (B, Hk, Wk, heads, dim_v).
         indices: Key regions of every query region, (B, gh * gw, topk) for all heads or (B, heads, gh * gw, topk);
-            int32 or int64. No gradient.
+            int32 or int64. No gradient. Their range is checked on a CPU, and on a GPU where the environment says
+            ``VISATTN_CHECK_INDICES=1``. With `topk` 0 the output is zero.
         num_regions: Regions per axis (gh, gw); an int means both.
         scale: Factor of the logits. Default: dim ** -0.5.
         weights: Factor of the keys and the values of every routed region, shaped as `indices` (soft routing).
@@ -342,8 +370,13 @@ def _checked_attention(  # type: ignore[no-untyped-def]
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    run = _BACKENDS[select_backend("bi_level_routing_attention", backend, _why_not_triton)]
+    name = select_backend("bi_level_routing_attention", backend, lambda: _why_not_triton(q, k, v, scale))
+    run = _BACKENDS[name]
     return run(q, k, v, indices, weights, pad_k, pad_v, num, size, kv_num, kv_size, scale)
 
 
-_BACKENDS = {"reference": reference.bi_level_routing_attention, "recompute": recompute_attention}
+_BACKENDS = {
+    "reference": reference.bi_level_routing_attention,
+    "recompute": recompute_attention,
+    "triton": triton_attention,
+}

@@ -2,7 +2,8 @@
 
 ``visattn::bra_fwd`` and ``visattn::bra_bwd`` have plain torch kernels for every device, written as a fused kernel
 works: log-sum-exp saved instead of probabilities, probabilities recomputed in backward, one slice of query regions at
-a time, gradients of keys summed without float atomics. A device kernel registered for the same operators replaces them.
+a time, gradients of keys summed without float atomics. ``visattn::bra_triton_fwd`` and ``visattn::bra_triton_bwd`` are
+the fused kernels, with the same schemas.
 """
 
 import torch
@@ -11,17 +12,22 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .reference import from_regions, gather_regions, to_regions
 
-_GEOMETRY = "SymInt[] num_regions, SymInt[] region_size, SymInt[] kv_num_regions, SymInt[] kv_region_size, float scale"
-torch.library.define(
-    "visattn::bra_fwd",
-    f"(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? weights, Tensor? pad_k, Tensor? pad_v, {_GEOMETRY})"
-    " -> (Tensor out, Tensor lse)",
+_ARGUMENTS = (
+    "Tensor indices, Tensor? weights, Tensor? pad_k, Tensor? pad_v,"
+    " SymInt[] num_regions, SymInt[] region_size, SymInt[] kv_num_regions, SymInt[] kv_region_size, float scale"
 )
+_NAMES = ("visattn::bra", "visattn::bra_triton")
+for _name in _NAMES:
+    torch.library.define(f"{_name}_fwd", f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor lse)")
+    torch.library.define(
+        f"{_name}_bwd",
+        f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS})"
+        " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_weights, Tensor grad_pad_k, Tensor grad_pad_v)",
+    )
 torch.library.define(
-    "visattn::bra_bwd",
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor indices, Tensor? weights,"
-    f" Tensor? pad_k, Tensor? pad_v, {_GEOMETRY})"
-    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_weights, Tensor grad_pad_k, Tensor grad_pad_v)",
+    "visattn::region_routing",
+    "(Tensor q, Tensor k, SymInt[] num_regions, int topk, SymInt[] region_size, Tensor? pad_q, Tensor? pad_k,"
+    " bool count_padding, float scale) -> (Tensor indices, Tensor weights)",
 )
 
 
@@ -171,25 +177,54 @@ def _backward(
     )
 
 
-torch.library.impl("visattn::bra_fwd", "CompositeExplicitAutograd", _forward)
-torch.library.impl("visattn::bra_bwd", "CompositeExplicitAutograd", _backward)
+# Triton is imported when one of its kernels first runs.
+def _triton_forward(*args):  # type: ignore[no-untyped-def]
+    from .triton_fwd import forward
+
+    return forward(*args)
 
 
-@torch.library.register_fake("visattn::bra_fwd")
-def _(q, k, v, indices, weights, pad_k, pad_v, *geometry):  # type: ignore[no-untyped-def]
+def _triton_backward(*args):  # type: ignore[no-untyped-def]
+    from .triton_bwd import backward
+
+    return backward(*args)
+
+
+def _region_routing(*args):  # type: ignore[no-untyped-def]
+    from .triton_routing import region_routing
+
+    return region_routing(*args)
+
+
+def _fake_region_routing(q, k, num_regions, topk, *rest):  # type: ignore[no-untyped-def]
+    shape = (q.shape[0], num_regions[0] * num_regions[1], topk)
+    return q.new_empty(shape, dtype=torch.int64), q.new_empty(shape)
+
+
+def _fake_forward(q, k, v, indices, weights, pad_k, pad_v, *geometry):  # type: ignore[no-untyped-def]
     return q.new_empty(*q.shape[:4], v.shape[-1]), q.new_empty(q.shape[:4], dtype=_accumulation_dtype(q))
 
 
-@torch.library.register_fake("visattn::bra_bwd")
-def _(grad_out, q, k, v, out, lse, indices, weights, pad_k, pad_v, *geometry):  # type: ignore[no-untyped-def]
+def _fake_backward(grad_out, q, k, v, out, lse, indices, weights, pad_k, pad_v, *geometry):  # type: ignore[no-untyped-def]
     def like(x):  # type: ignore[no-untyped-def]
         return q.new_empty(0) if x is None else x.new_empty(x.shape)
 
     return like(q), like(k), like(v), like(weights), like(pad_k), like(pad_v)
 
 
-_fwd = torch.ops.visattn.bra_fwd.default
-_bwd = torch.ops.visattn.bra_bwd.default
+for _name, _kernels in zip(_NAMES, ((_forward, _backward), (_triton_forward, _triton_backward))):
+    for _way, _kernel, _fake in zip(("fwd", "bwd"), _kernels, (_fake_forward, _fake_backward)):
+        torch.library.impl(f"{_name}_{_way}", "CompositeExplicitAutograd", _kernel)
+        torch.library.register_fake(f"{_name}_{_way}", _fake)
+
+torch.library.impl("visattn::region_routing", "CompositeExplicitAutograd", _region_routing)
+torch.library.register_fake("visattn::region_routing", _fake_region_routing)
+
+_ops = torch.ops.visattn
+triton_region_routing = _ops.region_routing.default
+"""The fused routing; arguments as the reference's. No gradients."""
+_PLAIN = (_ops.bra_fwd.default, _ops.bra_bwd.default)
+_TRITON = (_ops.bra_triton_fwd.default, _ops.bra_triton_bwd.default)
 
 
 def _count(q_shape, k_shape, v_shape, indices_shape, num_regions, region_size, kv_region_size, qk, pv) -> int:  # type: ignore[no-untyped-def]
@@ -199,48 +234,47 @@ def _count(q_shape, k_shape, v_shape, indices_shape, num_regions, region_size, k
     return 2 * queries * keys * (qk * q_shape[-1] + pv * v_shape[-1])
 
 
-@register_flop_formula(torch.ops.visattn.bra_fwd)
+@register_flop_formula([_ops.bra_fwd, _ops.bra_triton_fwd])
 def _(q, k, v, indices, weights, pad_k, pad_v, num, size, kv_num, kv_size, *args, **kwargs):  # type: ignore[no-untyped-def]
     return _count(q, k, v, indices, num, size, kv_size, 1, 1)
 
 
-@register_flop_formula(torch.ops.visattn.bra_bwd)
+@register_flop_formula([_ops.bra_bwd, _ops.bra_triton_bwd])
 def _(g, q, k, v, out, lse, indices, weights, pad_k, pad_v, num, size, kv_num, kv_size, *args, **kwargs):  # type: ignore[no-untyped-def]
     return _count(q, k, v, indices, num, size, kv_size, 3, 2)
 
 
+@register_flop_formula(_ops.region_routing)
+def _(q, k, num, topk, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return 2 * q[0] * (num[0] * num[1]) ** 2 * q[3] * q[4]
+
+
 class _BiLevelRoutingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, indices, weights, pad_k, pad_v, *geometry):  # type: ignore[no-untyped-def]
-        out, lse = _fwd(q, k, v, indices, weights, pad_k, pad_v, *geometry)
+    def forward(ctx, kernels, q, k, v, indices, weights, pad_k, pad_v, *geometry):  # type: ignore[no-untyped-def]
+        out, lse = kernels[0](q, k, v, indices, weights, pad_k, pad_v, *geometry)
         ctx.save_for_backward(q, k, v, out, lse, indices, weights, pad_k, pad_v)
-        ctx.geometry = geometry
+        ctx.kernels, ctx.geometry = kernels, geometry
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         q, k, v, out, lse, indices, weights, pad_k, pad_v = ctx.saved_tensors
-        dq, dk, dv, dw, dpk, dpv = _bwd(grad_out, q, k, v, out, lse, indices, weights, pad_k, pad_v, *ctx.geometry)
+        dq, dk, dv, dw, dpk, dpv = ctx.kernels[1](
+            grad_out, q, k, v, out, lse, indices, weights, pad_k, pad_v, *ctx.geometry
+        )
         optional = [None if x is None else g for x, g in ((weights, dw), (pad_k, dpk), (pad_v, dpv))]
-        return (dq, dk, dv, None, *optional, *(None for _ in ctx.geometry))
+        return (None, dq, dk, dv, None, *optional, *(None for _ in ctx.geometry))
 
 
-def recompute_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    weights: Tensor | None,
-    pad_k: Tensor | None,
-    pad_v: Tensor | None,
-    num_regions: tuple[int, int],
-    region_size: tuple[int, int],
-    kv_num_regions: tuple[int, int],
-    kv_region_size: tuple[int, int],
-    scale: float,
-) -> Tensor:
-    """The registered operator; arguments as the reference's. First-order gradients only."""
-    return _BiLevelRoutingAttention.apply(
-        q, k, v, indices, weights, pad_k, pad_v, num_regions, region_size, kv_num_regions, kv_region_size, scale
-    )
+def recompute_attention(*args) -> Tensor:  # type: ignore[no-untyped-def]
+    """The registered operator with plain torch kernels; arguments as the reference's. First-order gradients only."""
+    return _BiLevelRoutingAttention.apply(_PLAIN, *args)
+
+
+def triton_attention(*args) -> Tensor:  # type: ignore[no-untyped-def]
+    """The registered operator with fused kernels; arguments as the reference's. First-order gradients only."""
+    if not torch.is_grad_enabled():
+        return _TRITON[0](*args)[0]
+    return _BiLevelRoutingAttention.apply(_TRITON, *args)

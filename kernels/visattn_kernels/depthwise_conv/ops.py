@@ -1,0 +1,81 @@
+"""Registered operators of depthwise convolution: schemas, fake kernels, autograd, FLOP formulas."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+torch.library.define("visattn::depthwise_conv_fwd", "(Tensor x, Tensor weight, Tensor? bias, Tensor? add) -> Tensor")
+torch.library.define(
+    "visattn::depthwise_conv_bwd_dx", "(Tensor grad, Tensor weight, bool add_grad) -> (Tensor grad_x, Tensor grad_bias)"
+)
+
+
+# Triton is imported when one of its kernels first runs.
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
+    from .triton_fwd import forward
+
+    return forward(x, weight, bias, add)
+
+
+def _backward_dx(grad: Tensor, weight: Tensor, add_grad: bool) -> tuple[Tensor, Tensor]:
+    from .triton_bwd import backward_dx
+
+    return backward_dx(grad, weight, add_grad)
+
+
+torch.library.impl("visattn::depthwise_conv_fwd", "CompositeExplicitAutograd", _forward)
+torch.library.impl("visattn::depthwise_conv_bwd_dx", "CompositeExplicitAutograd", _backward_dx)
+
+
+@torch.library.register_fake("visattn::depthwise_conv_fwd")
+def _(x, weight, bias, add):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("visattn::depthwise_conv_bwd_dx")
+def _(grad, weight, add_grad):  # type: ignore[no-untyped-def]
+    return grad.new_empty(grad.shape), weight.new_empty(weight.shape[0], dtype=torch.float32)
+
+
+_fwd = torch.ops.visattn.depthwise_conv_fwd.default
+_bwd_dx = torch.ops.visattn.depthwise_conv_bwd_dx.default
+
+
+@register_flop_formula([torch.ops.visattn.depthwise_conv_fwd, torch.ops.visattn.depthwise_conv_bwd_dx])
+def _(x, weight, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return 2 * x.numel() * weight[-1] * weight[-2]
+
+
+def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the filters by cuDNN, which is faster at it than our own kernel was (NOTES.md)."""
+    size = weight.shape[-1]
+    nothing = [0, 0]
+    grads = torch.ops.aten.convolution_backward(
+        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight.to(x.dtype), [0], [1, 1], [size // 2] * 2, [1, 1],
+        False, nothing, weight.shape[0], [False, True, False],
+    )  # fmt: skip
+    return grads[1].to(weight.dtype)
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, add, add_x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.add_x, ctx.bias_dtype = add_x, None if bias is None else bias.dtype
+        return _fwd(x, weight, bias, x if add_x else add)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_add, _ = ctx.needs_input_grad
+        dx, db = _bwd_dx(grad, weight, ctx.add_x) if needs_x or needs_bias else (None, None)
+        dw = _grad_weight(grad, x, weight) if needs_weight else None
+        return dx, dw, db.to(ctx.bias_dtype) if needs_bias else None, grad if needs_add else None, None
+
+
+def fused_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
+    """The registered operator; first-order gradients only."""
+    if not torch.is_grad_enabled():
+        return _fwd(x, weight, bias, add)
+    return _DepthwiseConv.apply(x, weight, bias, None if add is x else add, add is x)

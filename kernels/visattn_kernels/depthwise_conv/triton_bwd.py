@@ -1,0 +1,20 @@
+"""Fused gradients of a depthwise convolution: those of its input and of its bias in one pass."""
+
+import torch
+from torch import Tensor
+
+from ..triton_support import meta, unit_stride
+from .triton_fwd import plan, side_by_side
+
+
+def backward_dx(grad: Tensor, weight: Tensor, add_grad: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of the input, plus `grad` itself where the input was added to the result, and of a bias in float32."""
+    dx = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    if not grad.numel():
+        return dx, torch.zeros(weight.shape[0], dtype=torch.float32, device=grad.device)
+    grad, taps = unit_stride(grad), side_by_side(weight)
+    layout = meta(grad)
+    launch, rows = plan(layout, layout if add_grad else None, weight.shape[-1], taps.dtype, None, True, grad.device)
+    sums = torch.empty(rows, weight.shape[0], dtype=torch.float32, device=grad.device)
+    launch(grad, taps, taps, grad, dx, sums)
+    return dx, sums.sum(0)

@@ -1,0 +1,124 @@
+"""What the Triton kernels of all operators share: whether one can run, told without importing Triton, and launching."""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_DIM = 128
+"""Largest head dim of the attention kernels."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_SPAN = 1 << 31
+
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_capable: dict[torch.device, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def _too_old(device: torch.device) -> bool:
+    if device not in _capable:
+        _capable[device] = torch.cuda.get_device_capability(device) >= (8, 0)
+    return not _capable[device]
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels on the CPU (``TRITON_INTERPRET=1``), slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def why_not(x: Tensor) -> str | None:
+    """The first condition on installation, device and dtype that keeps Triton from running a kernel on `x`, or None."""
+    if not _INSTALLED:
+        return "Triton is not installed; `pip install triton`"
+    if not x.is_cuda:
+        if not interpreting():
+            return f"tensors are on {x.device}, it needs a CUDA device"
+        if x.dtype == torch.bfloat16:
+            return "tensors are torch.bfloat16, which Triton's interpreter does not compute in"
+    if x.dtype not in DTYPES:
+        return f"tensors are {x.dtype}, it computes in float16, bfloat16 and float32"
+    if x.is_cuda and _too_old(x.device):
+        return f"{x.device} has compute capability below 8.0"
+    return None
+
+
+def why_not_heads(*maps: Tensor) -> str | None:
+    """As :func:`why_not`, for heads-last maps that share device and dtype; the last axis is the head dim."""
+    reason = why_not(maps[0])
+    if reason is not None:
+        return reason
+    for x in maps:
+        if not 1 <= x.shape[-1] <= MAX_DIM:
+            return f"a head dim is {x.shape[-1]}, it takes 1 to {MAX_DIM}"
+        reason = too_wide(x)
+        if reason is not None:
+            return reason
+    return None
+
+
+def too_wide(x: Tensor) -> str | None:
+    """Whether offsets inside one image of `x` (B, ...) pass 32 bits, as a condition; those of the batch may."""
+    span = sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:]))
+    return None if span < _MAX_SPAN else f"one image spans {span} elements, it takes less than 2^31"
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 matrix products are done: IEEE, or tf32 where the user allows it for matmul in torch."""
+    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed else "ieee"
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied if its channels do not lie side by side."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def meta(x: Tensor | None) -> Any:
+    """What a launch depends on of a tensor: shape, strides, dtype."""
+    return None if x is None else (x.shape, x.stride(), x.dtype)
+
+
+class Launch:
+    """A kernel with all decided but its tensors: operators keep one per layout of their arguments.
+
+    Looking at every argument anew, as Triton does in each launch, takes it longer than small kernels run. The compiled
+    kernel found in the first launch serves all later ones whose tensors are as aligned as Triton assumes.
+
+    Args:
+        kernel: Triton function; its parameters are tensors, then `scalars`, then `constants`.
+        programs: Number of programs.
+        scalars: Values of the parameters after the tensors.
+        constants: Values of the ``constexpr`` parameters after those, by name in the order of the signature.
+        warps: Warps per program.
+        stages: Stages of software pipelining.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        scalars: tuple[float, ...],
+        constants: dict[str, Any],
+        warps: int = 4,
+        stages: int = 2,
+    ) -> None:
+        names = kernel.arg_names[-len(constants) :]
+        assert list(constants) == names, f"constants {list(constants)} are not the last parameters {names}"
+        self.kernel = kernel[(programs,)]
+        self.programs = programs
+        self.rest = (*scalars, *constants.values())
+        self.options = {"num_warps": warps, "num_stages": stages}
+        self.compiled: Any = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        pointers = [x.data_ptr() for x in tensors]
+        aligned = all(p % 16 == 0 for p in pointers)
+        if aligned and self.compiled is not None:
+            self.compiled(*pointers, *self.rest)
+            return
+        compiled = self.kernel(*tensors, *self.rest, **self.options)
+        if aligned and compiled is not None:
+            self.compiled = compiled[(self.programs, 1, 1)]
