@@ -1,13 +1,19 @@
-"""Shared by all tests: import paths, and a closing summary of what passed against foreign judges."""
+"""Shared by all tests: import paths, Triton's interpreter, a closing summary of what passed against foreign judges."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+# Where there is no GPU, Triton interprets the kernels that a test asks for by name. It must know before it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TESTS = Path(__file__).parent
 for folder in (TESTS, TESTS / "contract"):  # `from goldens.golden import ...`, `from runner import ...`

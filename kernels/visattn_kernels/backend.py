@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .triton_support import interpreting
+
 BACKENDS = ("reference", "recompute", "triton")
 """``reference``: plain torch, any device and dtype, differentiable to any order, exportable; the specification.
 ``recompute``: the registered operator with plain torch kernels; keeps only inputs, output and log-sum-exp for backward.
@@ -52,6 +54,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _override = previous
 
 
+def current_override() -> str | None:
+    """The backend that :func:`use_backend` or the environment asks for."""
+    return _override
+
+
 def must_stay_plain() -> bool:
     """Whether the caller is being exported or traced, where an opaque operator would not survive."""
     return torch.jit.is_tracing() or _is_exporting()
@@ -81,7 +88,8 @@ def select_backend(
     if name is None:
         if must_stay_plain():
             return "reference"
-        return "triton" if why_not_triton() is None else fallback
+        # Triton's interpreter is for tests, which ask for it by name.
+        return "triton" if not interpreting() and why_not_triton() is None else fallback
     if name == "triton":
         reason = why_not_triton()
         if reason is not None:

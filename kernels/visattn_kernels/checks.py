@@ -72,3 +72,28 @@ def check_pad(pad: Tensor | None, x: Tensor, name: str) -> None:
     """
     if pad is not None and tuple(pad.shape) != tuple(x.shape[3:]):
         raise ValueError(f"{name} has shape {tuple(pad.shape)}; expected (heads, dim) = {tuple(x.shape[3:])}")
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def region_size_of(
+    x: Tensor, num_regions: tuple[int, int], region_size: int | tuple[int, int] | None, name: str
+) -> tuple[int, int]:
+    """Tokens per region of a map: given, or the smallest that lets `num_regions` cover the map.
+
+    Raises:
+        ValueError: The regions do not cover the map.
+    """
+    H, W = x.shape[1], x.shape[2]
+    if region_size is None:
+        return _ceil_div(H, num_regions[0]), _ceil_div(W, num_regions[1])
+    size = to_pair(region_size, name)
+    for axis, tokens, n, s in zip("HW", (H, W), num_regions, size):
+        if n * s < tokens:
+            raise ValueError(
+                f"{name}={size} with {n} regions covers {n * s} of {tokens} tokens on axis {axis}; "
+                f"use at least {_ceil_div(tokens, n)} tokens or {_ceil_div(tokens, s)} regions"
+            )
+    return size

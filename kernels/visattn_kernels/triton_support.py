@@ -1,6 +1,8 @@
 """What the Triton kernels of all operators share: whether one can run, told without importing Triton, and launching."""
 
+import functools
 import importlib.util
+import operator
 import os
 from typing import Any
 
@@ -77,8 +79,8 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 def meta(x: Tensor | None) -> Any:
-    """What a launch depends on of a tensor: shape, strides, dtype."""
-    return None if x is None else (x.shape, x.stride(), x.dtype)
+    """What checks and launches depend on of a tensor: shape, strides, dtype, device."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
 
 
 class Launch:
@@ -115,7 +117,7 @@ class Launch:
 
     def __call__(self, *tensors: Tensor) -> None:
         pointers = [x.data_ptr() for x in tensors]
-        aligned = all(p % 16 == 0 for p in pointers)
+        aligned = functools.reduce(operator.or_, pointers) % 16 == 0
         if aligned and self.compiled is not None:
             self.compiled(*pointers, *self.rest)
             return

@@ -72,7 +72,7 @@ class RegionRouter(nn.Module):
         """Indices and weights (B, R, topk) for maps (B, H, W, heads, dim); `pad_*` (heads, dim) stands outside."""
         num_regions, region_size = self.geometry(q.shape[1], q.shape[2])
         topk = self.topk if self.ceil else min(self.topk, num_regions[0] * num_regions[1])
-        if not self.differentiable:
+        if torch.is_grad_enabled() and not self.differentiable:
             q, k = q.detach(), k.detach()
             pad_q = pad_q.detach() if pad_q is not None else None
             pad_k = pad_k.detach() if pad_k is not None else None

@@ -5,9 +5,9 @@ import os
 import torch
 from torch import Tensor
 
-from ..backend import select_backend
-from ..checks import check_map, check_pad, check_same, to_pair
-from ..triton_support import too_wide, why_not, why_not_heads
+from ..backend import current_override, must_stay_plain, select_backend
+from ..checks import check_map, check_pad, check_same, region_size_of, to_pair
+from ..triton_support import meta, too_wide, why_not, why_not_heads
 from . import reference
 from .ops import recompute_attention, triton_attention, triton_region_routing
 
@@ -15,31 +15,6 @@ POOL_MODES = ("avg", "max", "adaptive_avg", "adaptive_max")
 """Poolings of :func:`pool_regions`."""
 MAX_ROUTED = 1024
 """Regions that the fused routing takes: the affinities of 16 of them to all fit a tile."""
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _region_size(
-    x: Tensor, num_regions: tuple[int, int], region_size: int | tuple[int, int] | None, name: str
-) -> tuple[int, int]:
-    """Tokens per region: given, or the smallest that lets `num_regions` cover the map.
-
-    Raises:
-        ValueError: The regions do not cover the map.
-    """
-    H, W = x.shape[1], x.shape[2]
-    if region_size is None:
-        return _ceil_div(H, num_regions[0]), _ceil_div(W, num_regions[1])
-    size = to_pair(region_size, name)
-    for axis, tokens, n, s in zip("HW", (H, W), num_regions, size):
-        if n * s < tokens:
-            raise ValueError(
-                f"{name}={size} with {n} regions covers {n * s} of {tokens} tokens on axis {axis}; "
-                f"use at least {_ceil_div(tokens, n)} tokens or {_ceil_div(tokens, s)} regions"
-            )
-    return size
 
 
 def _check_topk(topk: int, regions: int) -> None:
@@ -58,7 +33,7 @@ def _check_regions(
     check_map(x, "x")
     check_pad(pad, x, "pad")
     num = to_pair(num_regions, "num_regions")
-    return num, _region_size(x, num, region_size, "region_size")
+    return num, region_size_of(x, num, region_size, "region_size")
 
 
 def _check_descriptors(q: Tensor, k: Tensor, topk: int) -> None:
@@ -85,7 +60,7 @@ def _check_routing(
     check_pad(pad_k, k, "pad_k")
     num = to_pair(num_regions, "num_regions")
     _check_topk(topk, num[0] * num[1])
-    return num, _region_size(q, num, region_size, "region_size")
+    return num, region_size_of(q, num, region_size, "region_size")
 
 
 def _check_pool(mode: str, pool_size: int | Pair, region_size: Pair) -> Pair:
@@ -347,6 +322,31 @@ def bi_level_routing_attention(
 def _checked_attention(  # type: ignore[no-untyped-def]
     q, k, v, indices, num_regions, scale, weights, pad_k, pad_v, region_size, kv_num_regions, kv_region_size, backend
 ) -> Tensor:
+    tensors = (q, k, v, indices, weights, pad_k, pad_v)
+    settings = (num_regions, scale, region_size, kv_num_regions, kv_region_size, backend)
+    # Checks take longer than a kernel of some microseconds; those of a call like an earlier one are known.
+    key = None
+    if not torch.compiler.is_compiling() and q.is_cuda and not _CHECK_INDICES:
+        key = (*map(meta, tensors), repr(settings), current_override(), must_stay_plain())
+        known = _known.get(key)
+        if known is not None:
+            return known[0](*tensors, *known[1])
+    run, geometry = _check_attention(*tensors, *settings)
+    if key is not None:
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        _known[key] = run, geometry
+    return run(*tensors, *geometry)
+
+
+_known: dict[tuple, tuple] = {}
+_MAX_KNOWN = 4096
+
+
+def _check_attention(  # type: ignore[no-untyped-def]
+    q, k, v, indices, weights, pad_k, pad_v, num_regions, scale, region_size, kv_num_regions, kv_region_size, backend
+) -> tuple:
+    """The function that runs these arguments, and their geometry and scale spelled out for it."""
     for x, name in ((q, "q"), (k, "k"), (v, "v")):
         check_map(x, name)
     check_same(q, "q", k=k, v=v)
@@ -357,22 +357,20 @@ def _checked_attention(  # type: ignore[no-untyped-def]
     check_pad(pad_k, k, "pad_k")
     check_pad(pad_v, v, "pad_v")
     num = to_pair(num_regions, "num_regions")
-    size = _region_size(q, num, region_size, "region_size")
+    size = region_size_of(q, num, region_size, "region_size")
     kv_num = num if kv_num_regions is None else to_pair(kv_num_regions, "kv_num_regions")
     if kv_region_size is None and k.shape[1:3] == q.shape[1:3] and kv_num == num:
         kv_size = size
     else:
-        kv_size = _region_size(k, kv_num, kv_region_size, "kv_region_size")
+        kv_size = region_size_of(k, kv_num, kv_region_size, "kv_region_size")
     _check_indices(indices, q, num[0] * num[1], kv_num[0] * kv_num[1])
     if weights is not None and weights.shape != indices.shape:
         raise ValueError(
             f"weights has shape {tuple(weights.shape)}; expected the shape of indices, {tuple(indices.shape)}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-
     name = select_backend("bi_level_routing_attention", backend, lambda: _why_not_triton(q, k, v, scale))
-    run = _BACKENDS[name]
-    return run(q, k, v, indices, weights, pad_k, pad_v, num, size, kv_num, kv_size, scale)
+    return _BACKENDS[name], (num, size, kv_num, kv_size, scale)
 
 
 _BACKENDS = {

@@ -6,6 +6,8 @@ a time, gradients of keys summed without float atomics. ``visattn::bra_triton_fw
 the fused kernels, with the same schemas.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -212,10 +214,13 @@ def _fake_backward(grad_out, q, k, v, out, lse, indices, weights, pad_k, pad_v, 
     return like(q), like(k), like(v), like(weights), like(pad_k), like(pad_v)
 
 
-for _name, _kernels in zip(_NAMES, ((_forward, _backward), (_triton_forward, _triton_backward))):
-    for _way, _kernel, _fake in zip(("fwd", "bwd"), _kernels, (_fake_forward, _fake_backward)):
-        torch.library.impl(f"{_name}_{_way}", "CompositeExplicitAutograd", _kernel)
-        torch.library.register_fake(f"{_name}_{_way}", _fake)
+torch.library.impl("visattn::bra_fwd", "CompositeExplicitAutograd", _forward)
+torch.library.impl("visattn::bra_bwd", "CompositeExplicitAutograd", _backward)
+torch.library.impl("visattn::bra_triton_fwd", "CompositeExplicitAutograd", _triton_forward)
+torch.library.impl("visattn::bra_triton_bwd", "CompositeExplicitAutograd", _triton_backward)
+for _name in _NAMES:
+    torch.library.register_fake(f"{_name}_fwd", _fake_forward)
+    torch.library.register_fake(f"{_name}_bwd", _fake_backward)
 
 torch.library.impl("visattn::region_routing", "CompositeExplicitAutograd", _region_routing)
 torch.library.register_fake("visattn::region_routing", _fake_region_routing)
@@ -268,12 +273,12 @@ class _BiLevelRoutingAttention(torch.autograd.Function):
         return (None, dq, dk, dv, None, *optional, *(None for _ in ctx.geometry))
 
 
-def recompute_attention(*args) -> Tensor:  # type: ignore[no-untyped-def]
+def recompute_attention(*args: Any) -> Tensor:
     """The registered operator with plain torch kernels; arguments as the reference's. First-order gradients only."""
     return _BiLevelRoutingAttention.apply(_PLAIN, *args)
 
 
-def triton_attention(*args) -> Tensor:  # type: ignore[no-untyped-def]
+def triton_attention(*args: Any) -> Tensor:
     """The registered operator with fused kernels; arguments as the reference's. First-order gradients only."""
     if not torch.is_grad_enabled():
         return _TRITON[0](*args)[0]

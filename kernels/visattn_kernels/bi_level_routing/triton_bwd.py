@@ -16,16 +16,14 @@ from ..triton_support import Launch, dot_precision, meta, unit_stride
 from .triton_fwd import (
     LOG2E,
     Pair,
-    Tiling,
     divide,
     index_strides,
     load_tokens,
-    packs,
     place,
-    power_of_2,
     region_scalars,
     walk,
 )
+from .triton_tiling import dkv_tiling, dq_tiling, power_of_2
 
 
 @triton.jit(do_not_specialize=["pairs", "k_regions"])
@@ -269,27 +267,6 @@ def bra_bwd_dw_kernel(
     tl.store(dw + ((b * heads + head) * regions + region) * topk + slot, tl.sum(acc, 0))
 
 
-def dq_tiling(tokens: int, topk: int, k_tokens: int, dim: int, edge: bool) -> Tiling:
-    """For gradients of queries of regions of `tokens`. The figures are measured, see NOTES.md."""
-    held = min(power_of_2(tokens), 64 if dim > 64 else 128)
-    step = min(power_of_2(topk * k_tokens), 64 if held == 64 and dim <= 64 else 32)
-    packed = packs(k_tokens, step)
-    return Tiling(held, step, packed, 1 if held <= 32 else 4, 2 if edge or packed or topk * k_tokens <= step else 3)
-
-
-def dkv_tiling(k_tokens: int, readers: int, tokens: int, dim: int) -> Tiling:
-    """For gradients of keys of regions of `k_tokens`, which `readers` regions of `tokens` queries read on average.
-    The figures are measured, see NOTES.md."""
-    held = min(power_of_2(k_tokens), 64)
-    if held <= 32 or dim > 64:
-        step = min(power_of_2(readers * tokens), 32)
-        return Tiling(held, step, packs(tokens, step), 1 if held <= 32 else 4, 2)
-    if readers * tokens <= 64:
-        step = power_of_2(readers * tokens)
-        return Tiling(held, step, packs(tokens, step), 4, 1)
-    return Tiling(held, 128, True, 4, 2)
-
-
 class Plan(NamedTuple):
     """The launches of one backward."""
 
@@ -305,7 +282,7 @@ class Plan(NamedTuple):
 @functools.lru_cache(4096)
 def plan(
     g: Any, q: Any, k: Any, v: Any, indices: Any, weights: Any, pads: tuple[Any, Any], geometry: tuple[Pair, ...],
-    scale: float, precision: str, device: torch.device,
+    scale: float, precision: str,
 ) -> Plan:  # fmt: skip
     """The launches for arguments of these shapes, strides and dtypes."""
     (B, H, W, heads, dim), (KH, KW), dim_v, topk = q[0], k[0][1:3], v[0][-1], indices[0][-1]
@@ -377,17 +354,17 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, weights, pad_k, pad_v; an empty tensor stands for each that was not given."""
-    device, nothing = q.device, torch.empty(0, dtype=q.dtype, device=q.device)
+    device = q.device
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     if q.numel() == 0 or indices.numel() == 0:
-        given = [nothing if x is None else torch.zeros_like(x) for x in (weights, pad_k, pad_v)]
+        given = [q.new_empty(0) if x is None else torch.zeros_like(x) for x in (weights, pad_k, pad_v)]
         return dq.zero_(), dk.zero_(), dv.zero_(), *given
     grad_out, q, k, v, indices = (unit_stride(x) for x in (grad_out, q, k, v, indices.contiguous()))
     weights, pad_k, pad_v = (x if x is None else x.contiguous() for x in (weights, pad_k, pad_v))
     geometry = (tuple(num_regions), tuple(region_size), tuple(kv_num_regions), tuple(kv_region_size))
     run = plan(
         meta(grad_out), meta(q), meta(k), meta(v), meta(indices), meta(weights), (meta(pad_k), meta(pad_v)), geometry,
-        scale, dot_precision(q.dtype), device,
+        scale, dot_precision(q.dtype),
     )  # fmt: skip
     optional = [q if x is None else x for x in (weights, pad_k, pad_v)]
 
@@ -407,7 +384,7 @@ def backward(
     ]
     run.dkv(grad_out, q, k, v, lse, delta, dk, dv, *pad_sums, entries, starts, *optional)
 
-    dw = nothing
+    dw = None
     if weights is not None and run.dw is not None:
         shape = (q.shape[0], q.shape[3], *indices.shape[-2:])
         per_head = torch.empty(shape, dtype=torch.float32, device=device)
@@ -416,7 +393,8 @@ def backward(
 
     def pad_grad(pad: Tensor | None, sums: Tensor) -> Tensor:
         if pad is None:
-            return nothing
+            return q.new_empty(0)
         return sums.sum(0).to(pad.dtype) if run.pad_rows else torch.zeros_like(pad)
 
+    dw = q.new_empty(0) if dw is None else dw
     return dq, dk, dv, dw, pad_grad(pad_k, pad_sums[0]), pad_grad(pad_v, pad_sums[1])

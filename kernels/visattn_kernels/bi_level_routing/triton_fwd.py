@@ -6,7 +6,7 @@ reads where they lie: no gathered keys, no permutation, no padded copy. Softmax 
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta, unit_stride
+from .triton_tiling import forward_tiling, power_of_2
 
 Pair = tuple[int, int]
 LOG2E = math.log2(math.e)
@@ -152,51 +153,6 @@ def bra_fwd_kernel(
     tl.store(lse + place_out, (top + tl.log2(total)) / 1.4426950408889634, mask=inside)
 
 
-class Tiling(NamedTuple):
-    """How a program walks: tokens it holds, tokens per step, packed or not, launch settings."""
-
-    held: int
-    step: int
-    packed: bool
-    warps: int
-    stages: int
-
-    def steps(self, tokens: int) -> int:
-        """Steps per region of `tokens`, where it is not packed."""
-        return triton.cdiv(tokens, self.step)
-
-    def whole(self, count: int, tokens: int) -> bool:
-        """Whether every step is full, for a list of `count` regions of `tokens`."""
-        return (count * tokens if self.packed else tokens) % self.step == 0
-
-
-def power_of_2(n: int) -> int:
-    """Smallest tile that holds `n` tokens or channels; matrix products need at least 16."""
-    return max(16, triton.next_power_of_2(n))
-
-
-def packs(tokens: int, step: int) -> bool:
-    """Whether regions of `tokens` share steps: packing costs a look-up per token, a region of its own wastes what does
-    not fill its last step."""
-    return triton.cdiv(tokens, step) * step > 1.15 * tokens
-
-
-def forward_tiling(tokens: int, topk: int, k_tokens: int, dim: int, edge: bool) -> Tiling:
-    """For queries of regions of `tokens`. The figures are measured, see NOTES.md."""
-    held = min(power_of_2(tokens), 64 if dim > 64 else 128)
-    step = min(power_of_2(topk * k_tokens), 32 if dim > 64 else 64)
-    packed = packs(k_tokens, step)
-    if held <= 32:
-        return Tiling(held, step, packed, 1, 2)
-    if held == 128 and packed:
-        return Tiling(held, min(step, 32), packed, 4, 2)
-    if held == 128 and k_tokens % 128 == 0 and dim <= 32 and topk * k_tokens >= 1024:
-        return Tiling(held, 128, False, 4, 3)
-    if held == 128 and topk * k_tokens < 1024 and not edge:
-        held = 64
-    return Tiling(held, step, packed, 4, 2 if edge or packed or topk * k_tokens <= step else 3)
-
-
 def region_scalars(num_regions: Pair, region_size: Pair) -> tuple[float, ...]:
     """Arguments of :func:`place`."""
     return num_regions[1], 1 / num_regions[1], *region_size, 1 / region_size[1]
@@ -211,7 +167,7 @@ def index_strides(shape: torch.Size) -> tuple[int, int]:
 @functools.lru_cache(4096)
 def plan(
     q: Any, k: Any, v: Any, indices: Any, weights: Any, pads: tuple[Any, Any], geometry: tuple[Pair, ...], scale: float,
-    precision: str, device: torch.device,
+    precision: str,
 ) -> Launch:  # fmt: skip
     """The launch for arguments of these shapes, strides and dtypes."""
     (B, H, W, heads, dim), (KH, KW), dim_v, topk = q[0], k[0][1:3], v[0][-1], indices[0][-1]
@@ -258,7 +214,7 @@ def forward(
     geometry = (tuple(num_regions), tuple(region_size), tuple(kv_num_regions), tuple(kv_region_size))
     launch = plan(
         meta(q), meta(k), meta(v), meta(indices), meta(weights), (meta(pad_k), meta(pad_v)), geometry, scale,
-        dot_precision(q.dtype), q.device,
+        dot_precision(q.dtype),
     )  # fmt: skip
     launch(q, k, v, indices, *(q if x is None else x for x in (weights, pad_k, pad_v)), out, lse)
     return out, lse

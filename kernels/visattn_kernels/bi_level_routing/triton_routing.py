@@ -106,7 +106,6 @@ def region_topk_kernel(
 @functools.lru_cache(4096)
 def plan(
     q: Any, k: Any, pads: tuple[Any, Any], num: Pair, size: Pair, topk: int, count_padding: bool, scale: float,
-    device: torch.device,
 ) -> tuple[Launch, Launch]:  # fmt: skip
     """The two launches for arguments of these shapes, strides and dtypes."""
     B, H, W, heads, dim = q[0]
@@ -162,7 +161,7 @@ def region_routing(
     pad_q, pad_k = (x if x is None else x.contiguous() for x in (pad_q, pad_k))
     means, best = plan(
         meta(q), meta(k), (meta(pad_q), meta(pad_k)), tuple(num_regions), tuple(region_size), topk, count_padding,
-        scale, q.device,
+        scale,
     )  # fmt: skip
     sums = torch.empty(2 * shape[0] * shape[1] * q.shape[3] * q.shape[4], dtype=torch.float32, device=q.device)
     means(q, k, q if pad_q is None else pad_q, k if pad_k is None else pad_k, sums)

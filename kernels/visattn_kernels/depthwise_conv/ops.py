@@ -48,8 +48,7 @@ def _(x, weight, *args, **kwargs):  # type: ignore[no-untyped-def]
 
 def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the filters by cuDNN, which is faster at it than our own kernel was (NOTES.md)."""
-    size = weight.shape[-1]
-    nothing = [0, 0]
+    size, nothing = weight.shape[-1], [0, 0]
     grads = torch.ops.aten.convolution_backward(
         grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight.to(x.dtype), [0], [1, 1], [size // 2] * 2, [1, 1],
         False, nothing, weight.shape[0], [False, True, False],
@@ -69,9 +68,13 @@ class _DepthwiseConv(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_add, _ = ctx.needs_input_grad
-        dx, db = _bwd_dx(grad, weight, ctx.add_x) if needs_x or needs_bias else (None, None)
-        dw = _grad_weight(grad, x, weight) if needs_weight else None
-        return dx, dw, db.to(ctx.bias_dtype) if needs_bias else None, grad if needs_add else None, None
+        dx = dw = db = None
+        if needs_x or needs_bias:
+            dx, db = _bwd_dx(grad, weight, ctx.add_x)
+            db = db.to(ctx.bias_dtype) if needs_bias else None
+        if needs_weight:
+            dw = _grad_weight(grad, x, weight)
+        return dx, dw, db, grad if needs_add else None, None
 
 
 def fused_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:

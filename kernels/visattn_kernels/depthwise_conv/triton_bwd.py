@@ -14,7 +14,7 @@ def backward_dx(grad: Tensor, weight: Tensor, add_grad: bool) -> tuple[Tensor, T
         return dx, torch.zeros(weight.shape[0], dtype=torch.float32, device=grad.device)
     grad, taps = unit_stride(grad), side_by_side(weight)
     layout = meta(grad)
-    launch, rows = plan(layout, layout if add_grad else None, weight.shape[-1], taps.dtype, None, True, grad.device)
+    launch, rows = plan(layout, layout if add_grad else None, weight.shape[-1], taps.dtype, None, True)
     sums = torch.empty(rows, weight.shape[0], dtype=torch.float32, device=grad.device)
     launch(grad, taps, taps, grad, dx, sums)
     return dx, sums.sum(0)

@@ -52,15 +52,7 @@ def depthwise_conv_kernel(
 
 
 @functools.lru_cache(4096)
-def plan(
-    x: Any,
-    add: Any,
-    kernel_size: int,
-    taps: torch.dtype,
-    bias: torch.dtype | None,
-    backward: bool,
-    device: torch.device,
-) -> tuple[Launch, int]:
+def plan(x: Any, add: Any, kernel_size: int, taps: Any, bias: Any, backward: bool) -> tuple[Launch, int]:
     """The launch for arguments of these shapes, strides and dtypes, and the number of partial sums per channel."""
     B, H, W, C = x[0]
     block_c = min(64, triton.next_power_of_2(C))
@@ -90,8 +82,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) 
     if not x.numel():
         return out
     x, add, taps = unit_stride(x), add if add is None else unit_stride(add), side_by_side(weight)
-    launch, _ = plan(
-        meta(x), meta(add), weight.shape[-1], taps.dtype, None if bias is None else bias.dtype, False, x.device
-    )
+    bias_dtype = None if bias is None else bias.dtype
+    launch, _ = plan(meta(x), meta(add), weight.shape[-1], taps.dtype, bias_dtype, False)
     launch(x, taps, taps if bias is None else bias.contiguous(), x if add is None else add, out, out)
     return out

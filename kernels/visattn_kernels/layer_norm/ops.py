@@ -13,7 +13,7 @@ torch.library.define(
 torch.library.define(
     "visattn::layer_norm_bwd",
     "(Tensor? grad_total, Tensor grad_normed, Tensor total, Tensor weight, float eps)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    " -> (Tensor grad_x, Tensor grad_weight_bias)",
 )
 
 
@@ -26,7 +26,7 @@ def _forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps
 
 def _backward(
     grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     from .triton_bwd import backward
 
     return backward(grad_total, grad_normed, total, weight, eps)
@@ -43,7 +43,7 @@ def _(x, branch, weight, bias, eps):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("visattn::layer_norm_bwd")
 def _(grad_total, grad_normed, total, weight, eps):  # type: ignore[no-untyped-def]
-    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    return total.new_empty(total.shape), weight.new_empty(2, *weight.shape)
 
 
 _fwd = torch.ops.visattn.layer_norm_fwd.default
@@ -61,7 +61,8 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return (*_bwd(None, grad, *ctx.saved_tensors, ctx.eps), None)
+        dx, parameters = _bwd(None, grad, *ctx.saved_tensors, ctx.eps)
+        return dx, parameters[0], parameters[1], None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -75,8 +76,8 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, grad_normed):  # type: ignore[no-untyped-def]
-        dx, dw, db = _bwd(grad_total, grad_normed, *ctx.saved_tensors, ctx.eps)
-        return dx, dx, dw, db, None
+        dx, parameters = _bwd(grad_total, grad_normed, *ctx.saved_tensors, ctx.eps)
+        return dx, dx, parameters[0], parameters[1], None
 
 
 def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

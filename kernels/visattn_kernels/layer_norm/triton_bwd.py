@@ -46,7 +46,7 @@ def layer_norm_bwd_kernel(
 
 
 @functools.lru_cache(4096)
-def plan(x: Any, weight: Any, add: bool, eps: float, device: torch.device) -> Launch:
+def plan(x: Any, weight: Any, add: bool, eps: float) -> Launch:
     """The launch for arguments of these shapes and dtypes."""
     rows, C = x[0].numel() // x[0][-1], x[0][-1]
     block = triton.next_power_of_2(C)
@@ -62,14 +62,13 @@ def plan(x: Any, weight: Any, add: bool, eps: float, device: torch.device) -> La
 
 def backward(
     grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum, the scale and the shift."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum, and of the scale and the shift (2, C)."""
     total, grad_normed, weight = total.contiguous(), grad_normed.contiguous(), weight.contiguous()
     dx = torch.empty_like(total)
     if not total.numel():
-        return dx, torch.zeros_like(weight), torch.zeros_like(weight)
-    launch = plan(meta(total), meta(weight), grad_total is not None, eps, total.device)
+        return dx, weight.new_zeros(2, *weight.shape)
+    launch = plan(meta(total), meta(weight), grad_total is not None, eps)
     partial = torch.empty(2, launch.programs, total.shape[-1], dtype=torch.float32, device=total.device)
     launch(total if grad_total is None else grad_total.contiguous(), grad_normed, total, weight, dx, partial)
-    dw, db = partial.sum(1).to(weight.dtype).unbind(0)
-    return dx, dw, db
+    return dx, partial.sum(1).to(weight.dtype)

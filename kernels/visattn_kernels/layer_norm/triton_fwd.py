@@ -43,7 +43,7 @@ def layer_norm_fwd_kernel(
 
 
 @functools.lru_cache(4096)
-def plan(x: Any, weight: Any, bias: Any, add: bool, eps: float, device: torch.device) -> Launch:
+def plan(x: Any, weight: Any, bias: Any, add: bool, eps: float) -> Launch:
     """The launch for arguments of these shapes and dtypes."""
     rows, C = x[0].numel() // x[0][-1], x[0][-1]
     block = triton.next_power_of_2(C)
@@ -62,7 +62,7 @@ def forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps:
     normed = torch.empty_like(x)
     total = x.new_empty(0) if branch is None else torch.empty_like(x)
     if x.numel():
-        launch = plan(meta(x), meta(weight), meta(bias), branch is not None, eps, x.device)
+        launch = plan(meta(x), meta(weight), meta(bias), branch is not None, eps)
         if branch is None:
             launch(x, x, weight, bias, x, normed)
         else:
