@@ -1,0 +1,158 @@
+"""Operators on a GPU beside their peers, in one run: a table with ratios and the distance to the lower bound, and JSON.
+
+    python kernels/benchmarks/gpu.py bi_level_routing --shapes table --json results.json
+
+Before anything is timed, outputs and gradients of all sides are compared: the error of ours against float32 may be
+twice (gradients: three times) that of the first peer, and other peers must agree with it. Times are medians of
+``triton.testing.do_bench`` as a caller sees them; "kernels" is ours as a CUDA graph, without the host's part. Ratios
+are the first peer's time over ours. The lower bound of forward is the largest of bytes, matrix products and
+exponentials over what the card can do; "x" behind it is our kernels' time over the bound.
+"""
+
+import argparse
+import datetime
+import importlib
+import json
+import math
+import sys
+from typing import Any
+
+import torch
+import triton
+from comparison.gpu import card, extra_mb, graph_ms, median_ms, relative_error, with_gradients
+from operators import OPERATORS, Case
+
+NOISE = 1e-6
+"""Relative error that no precision is asked to stay under."""
+
+
+def compare(case: Case, cotangent: torch.Tensor) -> dict[str, str]:
+    """Peers that failed, by name, with the reason; raises where ours is not right."""
+    failed: dict[str, str] = {}
+    exact = with_gradients(next(iter(case.peers.values())), [x.float() for x in case.inputs], cotangent.float())()
+    flat = [exact[0], *exact[1]]
+
+    def errors(f: Any) -> list[float]:
+        out, grads = with_gradients(f, case.inputs, cotangent)()
+        return [relative_error(a, b) for a, b in zip([out, *grads], flat)]
+
+    first, *others = case.peers
+    plain, ours = errors(case.peers[first]), errors(case.ours)
+    for i, (a, b) in enumerate(zip(ours, plain)):
+        if a > (3 if i else 2) * b + NOISE:
+            raise AssertionError(f"{case.name}: error {a:.2e} of tensor {i}, {first} has {b:.2e}")
+    for name in others:
+        try:
+            worst = max(a / (b + NOISE) for a, b in zip(errors(case.peers[name]), plain))
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            continue
+        if worst > 10:
+            failed[name] = f"disagrees: {worst:.1f} times the error of {first}"
+    return failed
+
+
+def measure(case: Case, peers: list[str]) -> dict[str, Any]:
+    """All figures of one shape."""
+    cotangent = torch.randn_like(case.ours(*case.inputs))
+    case = case._replace(peers={name: f for name, f in case.peers.items() if name in peers})
+    failed = compare(case, cotangent)
+    limits = card()
+    floor = 1e3 * max(case.bytes / limits.bytes_per_s, case.flops / limits.flops_per_s, case.exps / limits.exps_per_s)
+    row: dict[str, Any] = {"shape": case.name, "floor_ms": floor, "failed": failed}
+    for name, f in {"ours": case.ours, **case.peers}.items():
+        if name in failed:
+            continue
+        both = with_gradients(f, case.inputs, cotangent)
+        with torch.no_grad():
+            row[f"{name}_fwd_ms"] = median_ms(lambda f=f: f(*case.inputs))
+            row[f"{name}_fwd_mb"] = extra_mb(lambda f=f: f(*case.inputs))
+        row[f"{name}_both_ms"] = median_ms(both)
+        row[f"{name}_both_mb"] = extra_mb(both)
+    with torch.no_grad():
+        row["ours_kernels_ms"] = graph_ms(lambda: case.ours(*case.inputs))
+    return row
+
+
+def mean(values: list[float]) -> float:
+    """Geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def table(rows: list[dict[str, Any]], peers: list[str]) -> str:
+    """The rows in Markdown: forward, forward + backward, memory."""
+    first = peers[0]
+    heads = ["shape", "ours", "kernels", *peers, "ratio", "bound"]
+    heads += ["ours f+b", *(f"{p} f+b" for p in peers), "ratio f+b", f"MB ours / {first}", f"MB f+b ours / {first}"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+
+    def ms(row: dict[str, Any], key: str) -> str:
+        return f"{row[key]:.3f}" if key in row else "-"
+
+    for row in rows:
+        cells = [
+            row["shape"],
+            ms(row, "ours_fwd_ms"),
+            ms(row, "ours_kernels_ms"),
+            *(ms(row, f"{p}_fwd_ms") for p in peers),
+            f"{row[f'{first}_fwd_ms'] / row['ours_fwd_ms']:.1f}x",
+            f"{row['floor_ms']:.3f} ({row['ours_kernels_ms'] / row['floor_ms']:.1f}x)",
+            ms(row, "ours_both_ms"),
+            *(ms(row, f"{p}_both_ms") for p in peers),
+            f"{row[f'{first}_both_ms'] / row['ours_both_ms']:.1f}x",
+            f"{row['ours_fwd_mb']:.0f} / {row[f'{first}_fwd_mb']:.0f}",
+            f"{row['ours_both_mb']:.0f} / {row[f'{first}_both_mb']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the flags, measure all shapes, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operator", choices=OPERATORS)
+    parser.add_argument("--shapes", default="table", help="group of shapes of the operator's module (default: table)")
+    parser.add_argument("--peers", nargs="+", help="peers to run (default: all); the first is what ratios are against")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--json", help="file for the results")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: no CUDA device; this script measures on one")
+    operator = importlib.import_module(f"operators.{args.operator}")
+    if args.shapes not in operator.SHAPES:
+        parser.error(f"--shapes {args.shapes}: use one of {', '.join(operator.SHAPES)}")
+    rows: list[dict[str, Any]] = []
+    names: list[str] = []
+    for shape in operator.SHAPES[args.shapes]:
+        torch._dynamo.reset()  # each shape is compiled for itself
+        case = operator.case(shape, getattr(torch, args.dtype))
+        chosen = args.peers or list(case.peers)
+        names += [p for p in chosen if p in case.peers and p not in names]
+        rows.append(measure(case, chosen))
+        row = rows[-1]
+        print(
+            f"{row['shape']}: ours {row['ours_fwd_ms']:.3f} / {row['ours_both_ms']:.3f} ms {row['failed'] or ''}",
+            flush=True,
+        )
+    first = names[0]
+    summary = {
+        "forward": mean([r[f"{first}_fwd_ms"] / r["ours_fwd_ms"] for r in rows]),
+        "forward_backward": mean([r[f"{first}_both_ms"] / r["ours_both_ms"] for r in rows]),
+    }
+    about = {
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+        "dtype": args.dtype,
+    }
+    print(f"\n{about}\n\n{table(rows, names)}\n")
+    print(f"geometric mean against {first}: forward {summary['forward']:.1f}x, "
+          f"forward + backward {summary['forward_backward']:.1f}x")  # fmt: skip
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"about": about, "ratios": summary, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Whole models on a GPU: images per second of inference and of a training step, ours beside others, in one run.
+
+    python kernels/benchmarks/models_gpu.py biformer_s biformer_s:reference biformer_s::reduce-overhead convnext_tiny
+
+A model is ``name[:backend[:mode]]``: a timm name, one of our backends (empty: the automatic choice), and a mode of
+``torch.compile`` (empty: eager; ``default`` or ``reduce-overhead``, which replays CUDA graphs). bfloat16 autocast,
+channels_last, images of 224 px that lie on the device; a training step is forward, cross-entropy, backward and fused
+AdamW. Medians of ``triton.testing.do_bench``.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import triton
+from comparison.gpu import median_ms
+from visattn_kernels import use_backend
+
+import visattn  # noqa: F401  registers the models
+
+
+def measure(spec: str, batch: int) -> dict[str, Any]:
+    """Images per second of one model."""
+    name, backend, mode = (*spec.split(":"), "", "")[:3]
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = timm.create_model(name).cuda().to(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, model.num_classes, (batch,), device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    run = torch.compile(model, mode=mode) if mode else model
+
+    def infer() -> None:
+        with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+            run(images)
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = F.cross_entropy(run(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    row: dict[str, Any] = {"model": name, "backend": backend or "auto", "mode": mode or "eager", "batch": batch}
+    with use_backend(backend or None):
+        for label, call in (("inference", infer), ("training", step)):
+            model.train(label == "training")
+            start = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            row[f"{label}_first_s"] = time.perf_counter() - start
+            ms = median_ms(call, 800)
+            row |= {f"{label}_ms": ms, f"{label}_images_per_s": 1e3 * batch / ms}
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            row[f"{label}_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
+def main() -> None:
+    """Parse the flags, measure all models, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="name[:backend[:mode]]")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--json", help="file for the results")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: no CUDA device; this script measures on one")
+    about = {
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "timm": timm.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    print(f"{about}\n\n| model | backend | mode | inference, images/s | training, images/s | peak GiB |")
+    print("|---|---|---|---:|---:|---:|")
+    rows = []
+    for spec in args.models:
+        row = measure(spec, args.batch_size)
+        rows.append(row)
+        print(
+            f"| `{row['model']}` | {row['backend']} | {row['mode']} | {row['inference_images_per_s']:,.0f} "
+            f"| {row['training_images_per_s']:,.0f} "
+            f"| {row['inference_peak_gib']:.1f} / {row['training_peak_gib']:.1f} |",
+            flush=True,
+        )
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"about": about, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
