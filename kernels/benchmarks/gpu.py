@@ -121,24 +121,6 @@ def main() -> None:
     operator = importlib.import_module(f"operators.{args.operator}")
     if args.shapes not in operator.SHAPES:
         parser.error(f"--shapes {args.shapes}: use one of {', '.join(operator.SHAPES)}")
-    rows: list[dict[str, Any]] = []
-    names: list[str] = []
-    for shape in operator.SHAPES[args.shapes]:
-        torch._dynamo.reset()  # each shape is compiled for itself
-        case = operator.case(shape, getattr(torch, args.dtype))
-        chosen = args.peers or list(case.peers)
-        names += [p for p in chosen if p in case.peers and p not in names]
-        rows.append(measure(case, chosen))
-        row = rows[-1]
-        print(
-            f"{row['shape']}: ours {row['ours_fwd_ms']:.3f} / {row['ours_both_ms']:.3f} ms {row['failed'] or ''}",
-            flush=True,
-        )
-    first = names[0]
-    summary = {
-        "forward": mean([r[f"{first}_fwd_ms"] / r["ours_fwd_ms"] for r in rows]),
-        "forward_backward": mean([r[f"{first}_both_ms"] / r["ours_both_ms"] for r in rows]),
-    }
     about = {
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -146,12 +128,23 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "dtype": args.dtype,
     }
+    rows: list[dict[str, Any]] = []
+    names: list[str] = []
+    for shape in operator.SHAPES[args.shapes]:
+        torch._dynamo.reset()  # each shape is compiled for itself
+        case = operator.case(shape, getattr(torch, args.dtype))
+        chosen = args.peers or list(case.peers)
+        names += [p for p in chosen if p in case.peers and p not in names]
+        row = measure(case, chosen)
+        rows.append(row)
+        times = f"{row['ours_fwd_ms']:.3f} / {row['ours_both_ms']:.3f}"
+        print(f"{row['shape']}: ours {times} ms {row['failed'] or ''}", flush=True)
+        ratios = {way: mean([r[f"{names[0]}_{way}_ms"] / r[f"ours_{way}_ms"] for r in rows]) for way in ("fwd", "both")}
+        if args.json:  # after every shape: a long run that is stopped leaves what it has
+            with open(args.json, "w") as file:
+                json.dump({"about": about, "geometric_means": ratios, "rows": rows}, file, indent=1)
     print(f"\n{about}\n\n{table(rows, names)}\n")
-    print(f"geometric mean against {first}: forward {summary['forward']:.1f}x, "
-          f"forward + backward {summary['forward_backward']:.1f}x")  # fmt: skip
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"about": about, "ratios": summary, "rows": rows}, file, indent=1)
+    print(f"geometric mean against {names[0]}: forward {ratios['fwd']:.1f}x, forward + backward {ratios['both']:.1f}x")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
+    "smoke": [Shape(2, 2, 32, 28, 28, 7, 4)],
     # BiFormer's three routing stages at 224 px, batch 128; at 800x1216, batch 2; 512 px and larger maps.
     "table": [
         Shape(128, 2, 32, 56, 56, 7, 1),
