@@ -11,7 +11,8 @@ import torch
 from timm.data import create_transform
 from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
-from visattn_tools.data import Data, Digits, Images, open_data, train_loader
+from visattn_tools.data import Data, Digits, Images, open_data
+from visattn_tools.loaders import TrainLoader
 
 Flags = Callable[..., list[str]]
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "crop_mode": "center"}
@@ -21,12 +22,12 @@ def _open(flags: list[str]) -> Data:
     return open_data(parse_train_args(flags), (3, 32, 32))
 
 
-def _batches(flags: list[str], epoch: int = 0) -> torch.Tensor:
+def _batches(flags: list[str], epoch: int = 0, batch: int = 0) -> torch.Tensor:
     args = parse_train_args(flags)
     data = open_data(args, (3, 32, 32))
-    data.train.set_epoch(epoch)
-    torch.manual_seed(0)
-    return torch.cat([images for images, _ in train_loader(data.train, args, CONFIG, torch.device("cpu"))])
+    loader = TrainLoader(data.train, args, CONFIG, torch.device("cpu"))
+    loader.start_at(epoch, batch)
+    return torch.cat([images for images, _ in loader])
 
 
 def test_digits_split_is_fixed_stratified_and_disjoint() -> None:
@@ -67,6 +68,16 @@ def test_workers_do_not_change_the_batches_but_the_epoch_does(flags: Flags) -> N
     here = _batches(flags("x"))
     assert torch.equal(here, _batches(flags("x", "--workers", 2)))
     assert not torch.equal(here, _batches(flags("x", "--workers", 2), epoch=1))
+
+
+def test_an_epoch_entered_anywhere_has_the_batches_of_the_whole(flags: Flags) -> None:
+    """Order, augmentation and erasing follow from the place alone, and nothing is drawn from global generators."""
+    more = ["--batch-size", 4, "--reprob", 1.0, "--recount", 2]
+    whole = _batches(flags("x", *more), epoch=3)
+    before = random.getstate(), torch.get_rng_state()
+    assert torch.equal(whole[8:], _batches(flags("x", *more, "--workers", 1), epoch=3, batch=2))
+    assert (random.getstate(), torch.get_rng_state().tolist()) == (before[0], before[1].tolist())
+    assert not torch.equal(whole[8:], _batches(flags("x", *more), epoch=3)[:8])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

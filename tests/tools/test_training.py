@@ -24,6 +24,7 @@ Flags = Callable[..., list[str]]
 ROOT = Path(__file__).parents[2]
 # Everything random at once: mixing, erasing, stochastic depth, augmentation in workers, an average of the weights.
 LIVELY = ["--epochs", "3", "--warmup-epochs", "1", "--sched-on-updates", "--mixup", "0.2", "--cutmix", "1"]
+CHECKPOINTS = ("best.safetensors", "last.safetensors", "last.prev.safetensors", "state.pt", "state.prev.pt")
 LIVELY += ["--reprob", "0.5", "--drop-path", "0.3", "--drop", "0.2", "--model-ema", "--model-ema-decay", "0.9"]
 
 
@@ -47,7 +48,7 @@ def test_run_folder(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[
     training.main(flags("first", "--epochs", 2, "--warmup-epochs", 0, "--lr", 1e-3))
     folder = _run(tmp_path, "first")
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    checkpoints = {f"checkpoints/{name}" for name in ("best.safetensors", "last.safetensors", "state.pt")}
+    checkpoints = {f"checkpoints/{name}" for name in CHECKPOINTS}
     pictures = {"curves.png", "confusion.png", "predictions.png", "example.png"}
     assert names == {"config.yaml", "log.jsonl", "summary.csv"} | checkpoints | pictures
     with open(folder / "summary.csv") as file:

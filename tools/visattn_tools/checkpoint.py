@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .cli import UserError
 from .config import check_model_name
-from .files import replacing
+from .files import previous_name, replacing
 
 
 @dataclass
@@ -48,11 +48,11 @@ def _writing(write: Callable[..., None], *arguments: Any) -> None:
         raise OSError(str(error)) from error
 
 
-def save_weights(path: Path, state_dict: Mapping[str, Tensor], info: ModelInfo) -> None:
-    """Write weights atomically as safetensors, `info` in the header as JSON."""
+def save_weights(path: Path, state_dict: Mapping[str, Tensor], info: ModelInfo, previous: Path | None = None) -> None:
+    """Write weights atomically as safetensors, `info` in the header as JSON; what they replace becomes `previous`."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
     metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in asdict(info).items()}
-    with replacing(path) as temporary:
+    with replacing(path, previous) as temporary:
         _writing(save_file, tensors, temporary, metadata)
 
 
@@ -129,9 +129,29 @@ def load_model(
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write the state of a run atomically: tensors, numbers, strings, lists, tuples and dicts only."""
-    with replacing(path) as temporary:
+    """Write the state of a run atomically: tensors, numbers, strings, lists, tuples and dicts only.
+
+    The state that it replaces is kept under :func:`previous_name`.
+    """
+    with replacing(path, previous_name(path)) as temporary:
         _writing(torch.save, state, temporary)
+
+
+def load_newest_state(path: Path) -> dict[str, Any]:
+    """The state in `path`, or, with a note to the user, the one before it where `path` is missing or damaged.
+
+    Raises:
+        UserError: Neither can be read.
+    """
+    before = previous_name(path)
+    try:
+        return load_state(path)
+    except UserError as error:
+        if not before.is_file():
+            raise
+        state = load_state(before)
+        print(f"{error}; going on from {before}, the state before it")
+        return state
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -146,7 +166,8 @@ def load_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"epoch", "model", "optimizer", "config"} - state.keys()
     except Exception as error:  # zip, pickle, end of file, ...: all mean the same here
-        raise UserError(f"--resume: {path} is damaged or no state of a run: {str(error).splitlines()[0]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # an EOFError says nothing
+        raise UserError(f"--resume: {path} is damaged or no state of a run: {reason}") from None
     if missing:
         raise UserError(f"--resume: {path} is no state of a run: it has no {', '.join(sorted(missing))}")
     return state

@@ -1,6 +1,7 @@
 """The flags of ``tools/train.py``, named as timm's ``train.py`` names them, and their YAML form."""
 
 import argparse
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,13 @@ def train_parser() -> Parser:
     add("--experiment", metavar="NAME", help="name of the run folder; default: <time>-<model>")
     add("--overwrite", action=switch, default=False, help="replace the run in an existing run folder")
     add("--resume", metavar="PATH|auto", help="go on with the run in this folder; auto: with --experiment's, if there")
+    add(
+        "--checkpoint-minutes",
+        type=_NOT_NEGATIVE,
+        default=15.0,
+        metavar="M",
+        help="save the state this often, besides at the end of every epoch; 0: after every update",
+    )
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of everything random")
 
     add = parser.add_argument_group("data").add_argument
@@ -259,3 +267,8 @@ def saved_config(args: argparse.Namespace) -> dict[str, Any]:
 def config_text(args: argparse.Namespace) -> str:
     """:func:`saved_config` as YAML."""
     return yaml.safe_dump(saved_config(args), sort_keys=False)
+
+
+def config_hash(args: argparse.Namespace) -> str:
+    """SHA-256 of :func:`config_text`, by which two runs of one recipe are known."""
+    return hashlib.sha256(config_text(args).encode()).hexdigest()

@@ -1,19 +1,18 @@
-"""Images for training and testing: sources, the dataset that timm's loaders read, and checks of folders."""
+"""Images for training and testing: sources, the dataset that loaders read, and checks of folders."""
 
 import argparse
 import os
 import random
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_loader
+from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import Dataset
 
@@ -90,23 +89,35 @@ class Digits:
 
 
 @contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's CPU generators from `entropy` inside the block; restore them after it."""
+def seeded(*entropy: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's generators from `entropy` inside the block; restore them after it.
+
+    Args:
+        entropy: What the seed is made from.
+        device: Whose generator is meant, too, if it is a GPU: a loader's worker must not touch one.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    gpu = device if device is not None and device.type == "cuda" else None
+    gpu_state = None if gpu is None else torch.cuda.get_rng_state(gpu)
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  timm's augmentations draw from the global generator
     torch.default_generator.manual_seed(seed)
+    if gpu is not None:
+        with torch.cuda.device(gpu):
+            torch.cuda.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
+        if gpu is not None and gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state, gpu)
 
 
 class Images(Dataset):
-    """What timm's loader reads: pictures of a source through a transform.
+    """What a loader reads: pictures of a source through a transform.
 
     The augmentation of a picture depends on seed, epoch and index alone: not on the number of workers, nor on whether
     the run was interrupted before.
@@ -114,7 +125,7 @@ class Images(Dataset):
 
     def __init__(self, source: Source, seed: int) -> None:
         self.source, self.seed = source, seed
-        self.transform: Callable[[Image.Image], Any] | None = None  # timm's loader sets it
+        self.transform: Callable[[Image.Image], Any] | None = None  # the loader sets it
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers see it change
 
     def set_epoch(self, epoch: int) -> None:
@@ -205,58 +216,3 @@ def _check_class_folders(folder: Path) -> None:
         files = (name for _, _, names in os.walk(path, followlinks=True) for name in names)
         if not any(os.path.splitext(name)[1].lower() in kinds for name in files):
             raise UserError(f"the class folder {path} has no images ({', '.join(sorted(kinds))})")
-
-
-def _worker_seed(info: Any) -> int:
-    # Ctrl-C reaches the whole process group; the main process decides when its loaders stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return info.seed
-
-
-def _common(args: argparse.Namespace, data_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        "input_size": data_config["input_size"],
-        "mean": data_config["mean"],
-        "std": data_config["std"],
-        "crop_pct": data_config["crop_pct"],
-        "crop_mode": data_config["crop_mode"],
-        "num_workers": args.workers,
-        "pin_memory": args.pin_mem,
-        "device": device,
-        # Workers that outlive an epoch would make a resumed run draw other shuffles than an uninterrupted one.
-        "persistent_workers": False,
-        "worker_seeding": _worker_seed,
-    }
-
-
-def train_loader(images: Images, args: argparse.Namespace, data_config: dict[str, Any], device: torch.device) -> Any:
-    """timm's loader of augmented, shuffled, normalised batches on `device`."""
-    return create_loader(
-        cast(Any, images),
-        batch_size=args.batch_size,
-        is_training=True,
-        no_aug=args.no_aug,
-        train_crop_mode=args.train_crop_mode,
-        scale=tuple(args.scale),
-        ratio=tuple(args.ratio),
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        interpolation=args.train_interpolation,
-        **_common(args, data_config, device),
-    )
-
-
-def test_loader(images: Images, args: argparse.Namespace, data_config: dict[str, Any], device: torch.device) -> Any:
-    """timm's loader of all images in order, normalised batches on `device`."""
-    return create_loader(
-        cast(Any, images),
-        batch_size=args.validation_batch_size or args.batch_size,
-        is_training=False,
-        interpolation=data_config["interpolation"],
-        **_common(args, data_config, device),
-    )

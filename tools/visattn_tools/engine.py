@@ -3,6 +3,7 @@
 import argparse
 import math
 import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from .checkpoint import random_state, set_random_state
 from .cli import Interrupted, UserError
-from .data import Data, test_loader, train_loader
+from .data import Data
+from .loaders import TrainLoader, test_loader
 from .objectives import objective_for
 from .progress import Progress
 
@@ -98,7 +100,7 @@ class Engine:
         self.ema = (
             ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         )
-        self.train_batches = train_loader(data.train, args, data_config, self.device)
+        self.train_batches = TrainLoader(data.train, args, data_config, self.device)
         self.test_batches = test_loader(data.test, args, data_config, self.device)
         self.updates_per_epoch = math.ceil(len(self.train_batches) / args.grad_accum_steps)
         try:
@@ -114,6 +116,7 @@ class Engine:
         # The compiled module shares the parameters; state and weights are taken from the plain one.
         self.call = self._compiled(model) if args.torchcompile else model
         self.epoch = self.updates = 0
+        self._begin_epoch()
 
     def _compiled(self, model: nn.Module) -> Any:
         return torch.compile(model, backend=self.args.torchcompile, mode=self.args.torchcompile_mode)
@@ -133,34 +136,47 @@ class Engine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.args.amp_dtype))
 
-    def train_epoch(self, stop: StopSignals) -> float:
-        """Train for one epoch and return the mean loss.
+    def _begin_epoch(self) -> None:
+        self.batch = self.images = 0
+        self.loss = torch.zeros((), device=self.device)
+        self.epoch_lr = self.lr
+
+    def train_epoch(self, pause: Callable[[], None]) -> float:
+        """Train to the end of the epoch, from wherever in it the engine is, and return the mean loss.
+
+        Args:
+            pause: Called before every update, when :meth:`state_dict` describes all that happened. It may raise.
 
         Raises:
-            Interrupted: `stop` has received a signal; the epoch is not over.
             UserError: The loss is not finite.
         """
-        self.model.train()
-        self.data.train.set_epoch(self.epoch)
-        if self.mixup and self.args.mixup_off_epoch and self.epoch >= self.args.mixup_off_epoch:
-            self.mixup.mixup_enabled = False
-        total, count = torch.zeros((), device=self.device), 0
         batches, steps = len(self.train_batches), self.args.grad_accum_steps
-        label = f"epoch {self.epoch + 1:>{len(str(self.epochs))}}/{self.epochs}"
-        with Progress(label, batches * self.args.batch_size) as progress:
-            for i, (images, targets) in enumerate(self.train_batches):
-                stop.check()
-                group = min(steps, batches - i // steps * steps)  # the last group may be smaller
-                last = (i + 1) % steps == 0 or i + 1 == batches
-                loss = self._step(images, targets, group, last)
-                total += loss * len(images)
-                count += len(images)
-                progress.advance(len(images))
-                if progress.due():
-                    progress.draw(loss=f"{self._finite(total / count):.3f}", lr=f"{self.lr:.1e}")
+        if self.batch < batches:
+            self.model.train()
+            if self.mixup and self.args.mixup_off_epoch and self.epoch >= self.args.mixup_off_epoch:
+                self.mixup.mixup_enabled = False
+            self.train_batches.start_at(self.epoch, self.batch)
+            label = f"epoch {self.epoch + 1:>{len(str(self.epochs))}}/{self.epochs}"
+            with Progress(label, (batches - self.batch) * self.args.batch_size) as progress:
+                for i, (images, targets) in enumerate(self.train_batches, self.batch):
+                    if i % steps == 0:
+                        self.batch = i
+                        pause()
+                    group = min(steps, batches - i // steps * steps)  # the last group may be smaller
+                    last = (i + 1) % steps == 0 or i + 1 == batches
+                    self.loss += self._step(images, targets, group, last) * len(images)
+                    self.images += len(images)
+                    progress.advance(len(images))
+                    if progress.due():
+                        progress.draw(loss=f"{self._finite(self.loss / self.images):.3f}", lr=f"{self.lr:.1e}")
+            self.batch = batches
+        return self._finite(self.loss / self.images)
+
+    def end_epoch(self) -> None:
+        """Go on to the next epoch, after :meth:`train_epoch` and what was to be done with its weights."""
         self.epoch += 1
         self.scheduler.step(self.epoch)
-        return self._finite(total / count)
+        self._begin_epoch()
 
     def _step(self, images: Tensor, targets: Tensor, group: int, update: bool) -> Tensor:
         if self.mixup:
@@ -234,10 +250,17 @@ class Engine:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from the end of an epoch as if nothing had happened."""
+        """Everything needed to go on between two updates as if nothing had happened.
+
+        The learning rate and the order of the images are functions of the position.
+        """
         return {
             "epoch": self.epoch,
+            "batch": self.batch,
             "updates": self.updates,
+            "loss": self.loss,
+            "images": self.images,
+            "epoch_lr": self.epoch_lr,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
@@ -257,6 +280,10 @@ class Engine:
         # timm's schedules are functions of the position alone.
         self.scheduler.step(self.epoch)
         self.scheduler.step_update(self.updates)
+        self._begin_epoch()
+        if state.get("batch"):  # between epochs there is nothing more, and old states have no more
+            self.batch, self.images, self.epoch_lr = state["batch"], state["images"], state["epoch_lr"]
+            self.loss = state["loss"].to(self.device)
         set_random_state(state["random"])
 
 

@@ -10,10 +10,15 @@ from .cli import UserError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Write a file atomically: the block writes the temporary file it is given, which then replaces `path`.
 
     The data is on the disk before the new name is, so a power cut leaves the old file or the new one.
+
+    Args:
+        path: The file.
+        previous: Name that the file which is replaced gets. A kill between the two renames leaves this one alone, so
+            a reader of `path` must look for it; at no time is there neither.
 
     Raises:
         UserError: The disk is full or the folder not writable; the old file is intact.
@@ -23,6 +28,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -33,6 +40,11 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def previous_name(path: Path) -> Path:
+    """Name of the file before `path`: ``last.prev.safetensors`` of ``last.safetensors``."""
+    return path.with_name(f"{path.stem}.prev{path.suffix}")
 
 
 def write_text(path: Path, text: str) -> None:

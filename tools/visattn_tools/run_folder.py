@@ -12,7 +12,7 @@ from typing import Any
 
 from .cli import UserError
 from .config import config_text
-from .files import write_text
+from .files import previous_name, write_text
 
 SUMMARY = ("epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr")
 
@@ -39,6 +39,11 @@ class RunFolder:
         self.best = self.checkpoints / "best.safetensors"
         self.state = self.checkpoints / "state.pt"
 
+    @property
+    def resumable(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.state.exists() or previous_name(self.state).exists()
+
     @classmethod
     def choose(cls, args: argparse.Namespace) -> "RunFolder":
         """The folder that the flags ask for; nothing is created.
@@ -49,7 +54,7 @@ class RunFolder:
         """
         if args.resume and args.resume != "auto":
             path = Path(args.resume)
-            for inner in ("state.pt", "checkpoints"):
+            for inner in ("state.pt", "state.prev.pt", "checkpoints"):
                 path = path.parent if path.name == inner else path
             if not path.is_dir():
                 raise UserError(f"--resume {args.resume}: no such run folder")
@@ -66,6 +71,8 @@ class RunFolder:
     def create(self, args: argparse.Namespace, fresh: bool) -> None:
         """Create the folder and write ``config.yaml``; a `fresh` run removes what an earlier one left.
 
+        The folder is the run's own: no other process writes to it meanwhile.
+
         Raises:
             UserError: The folder cannot be written.
         """
@@ -76,6 +83,8 @@ class RunFolder:
                     if path != self.path and path.is_file():
                         path.unlink()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for path in self.checkpoints.glob(".*"):  # half a file of a run that was killed while it wrote
+                path.unlink()
         except OSError as error:
             raise UserError(f"--output {args.output}: cannot write {self.path}: {error.strerror}") from None
         write_text(self.config, config_text(args))

@@ -1,6 +1,7 @@
 """``tools/train.py``: from the flags to a run folder."""
 
 import argparse
+import platform
 import random
 import shlex
 import sys
@@ -19,16 +20,19 @@ import visattn
 
 from . import report
 from .benchmark import hardware
-from .checkpoint import ModelInfo, load_state, mismatch, read_header, save_state, save_weights
+from .checkpoint import ModelInfo, load_newest_state, mismatch, read_header, save_state, save_weights
 from .cli import Interrupted, UserError
-from .config import parse_train_args, saved_config
+from .config import config_hash, parse_train_args, saved_config
 from .data import Data, open_data
 from .engine import Engine, StopSignals
+from .files import previous_name
 from .progress import duration
 from .run_folder import RunFolder
 
 IDENTITY = ("model", "model_kwargs", "dataset", "opt", "model_ema", "strategy")
 """Flags that a resumed run must share with the run it goes on with."""
+POSITION = ("batch_size", "grad_accum_steps", "seed")
+"""Flags that it must share besides, if that run stopped within an epoch: they say which images were seen."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,7 +49,7 @@ def train(args: argparse.Namespace) -> RunFolder:
     """
     folder = RunFolder.choose(args)
     # auto starts afresh where there is nothing to go on with, so that one command serves both in a job script.
-    resume = bool(args.resume) and (args.resume != "auto" or folder.state.exists())
+    resume = bool(args.resume) and (args.resume != "auto" or folder.resumable)
     data_config = _data_config(args)
     data = open_data(args, data_config["input_size"])
     state = _resumable(folder, args, data) if resume else None
@@ -61,6 +65,11 @@ def train(args: argparse.Namespace) -> RunFolder:
     info = ModelInfo(args.model, len(data.class_names), args.model_kwargs, data.class_names, data_config)
     _Run(args, folder, engine, info).fit(state)
     return folder
+
+
+def _versions() -> dict[str, str]:
+    own = {"visattn": visattn.__version__, "python": platform.python_version()}
+    return own | {"torch": str(torch.__version__), "timm": timm.__version__, "numpy": np.__version__}
 
 
 def _data_config(args: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +125,7 @@ def _shown(kwargs: dict[str, Any]) -> str:
 
 
 def _resumable(folder: RunFolder, args: argparse.Namespace, data: Data) -> dict[str, Any]:
-    state = load_state(folder.state)
+    state = load_newest_state(folder.state)
     before, now = state["config"], saved_config(args)
     for key in IDENTITY:
         if before.get(key) != now[key]:
@@ -126,14 +135,29 @@ def _resumable(folder: RunFolder, args: argparse.Namespace, data: Data) -> dict[
         raise UserError(
             f"--resume: {folder.path} was trained on {len(state['class_names'])} other classes than the data has"
         )
+    if state.get("batch"):
+        _check_position(folder, args, data, state)
     changed = [
         f"{key} {before.get(key)} -> {now[key]}"
         for key in now
         if before.get(key) != now[key] and key not in ("output", "experiment", "lr")
     ]
+    versions, then = _versions(), state.get("versions", {})
+    changed += [f"{key} {then[key]} -> {versions[key]}" for key in then if then[key] != versions.get(key)]
     if changed:
         print(f"changed since the run began: {', '.join(changed)}")
     return state
+
+
+def _check_position(folder: RunFolder, args: argparse.Namespace, data: Data, state: dict[str, Any]) -> None:
+    where = f"--resume: {folder.path} stopped within epoch {state['epoch'] + 1}, after {state['batch']} batches"
+    for key in POSITION:
+        before, now = state["config"][key], getattr(args, key)
+        if before != now:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(f"{where}: with {flag} {now} the epoch would be another; give {flag} {before}")
+    if state["train_images"] != len(data.train):
+        raise UserError(f"{where} of {state['train_images']} images: the data has {len(data.train)} now")
 
 
 class _Run:
@@ -165,64 +189,87 @@ class _Run:
                 f"and the run has {updates}: it will hold on to the start; lower it or add --model-ema-warmup"
             )
         where = {"hardware": hardware(self.args.device), "threads": torch.get_num_threads()}
-        versions = {"torch": torch.__version__, "timm": timm.__version__}
-        folder.log("resume" if state else "start", argv=sys.argv[1:], **versions, **where)
+        folder.log(
+            "resume" if state else "start",
+            argv=sys.argv[1:],
+            config_hash=config_hash(self.args),
+            **_versions(),
+            **where,
+        )
         start = time.monotonic()
-        with StopSignals() as stop:
+        with StopSignals() as self.stop:
             try:
                 if state:
                     self.history = state["history"]
                     engine.load_state_dict(state)
+                    self.saved = time.monotonic()
+                    if self.history:  # the kill may have come before this was written
+                        folder.write_summary(self.history)
                 else:
                     self._save_state()  # so that an interruption at any time leaves something to resume
                 while engine.epoch < engine.epochs:
-                    self._epoch(stop)
+                    self._epoch()
+            except Interrupted as interrupted:
+                self._checkpoint()
+                self._interrupted(interrupted)
+                raise
             except Exception:
-                # A signal to the whole process group kills the loader's workers, too, and the loader may report that
-                # first, in many ways.
+                # A signal to the whole process group kills a loader's worker that has only begun, too, and the loader
+                # may report that first, in many ways, at a place that is between no two updates.
                 time.sleep(0.2)
-                if stop.received is None:
+                if self.stop.received is None:
                     raise
-                self._interrupted(Interrupted(stop.received))
-                raise Interrupted(stop.received) from None
+                self._interrupted(Interrupted(self.stop.received))
+                raise Interrupted(self.stop.received) from None
         print(f"trained {engine.epochs} epochs in {duration(time.monotonic() - start)}")
         self._finish()
 
-    def _epoch(self, stop: StopSignals) -> None:
-        engine, start = self.engine, time.monotonic()
-        lr, loss = engine.lr, engine.train_epoch(stop)
+    def _pause(self) -> None:
+        """Between two updates: stop if a signal asks for it, save the state if it is time."""
+        self.stop.check()
+        if time.monotonic() - self.saved >= self.args.checkpoint_minutes * 60:
+            self._checkpoint()
+
+    def _epoch(self) -> None:
+        engine, start, first = self.engine, time.monotonic(), self.engine.batch
+        loss = engine.train_epoch(self._pause)
         seconds = time.monotonic() - start
-        result = engine.evaluate(stop)
+        result = engine.evaluate(self.stop)
         row = {
-            "epoch": engine.epoch,
+            "epoch": engine.epoch + 1,
             "train_loss": loss,
             "eval_loss": result.loss,
             "eval_top1": result.top1,
             "eval_top5": result.top5,
-            "lr": lr,
+            "lr": engine.epoch_lr,
         }
+        engine.end_epoch()
         self.history.append(row)
         best = self.best is row
         # The state goes last: it is what a resumed run believes.
         if best:
             self._save_weights(self.folder.best)
-        self._save_weights(self.folder.last)
-        self._save_state()
+        self._checkpoint()
         self.folder.write_summary(self.history)
-        rate = len(engine.train_batches) * self.args.batch_size / seconds
+        rate = (len(engine.train_batches) - first) * self.args.batch_size / seconds
         self.folder.log("epoch", **row, seconds=round(seconds, 3), images_per_second=round(rate, 1))
         print(
             f"epoch {engine.epoch:>{len(str(engine.epochs))}}/{engine.epochs}  train loss {loss:.3f}  "
-            f"held-out loss {result.loss:.3f}  top-1 {result.top1:5.2f} %  lr {lr:.1e}  "
+            f"held-out loss {result.loss:.3f}  top-1 {result.top1:5.2f} %  lr {row['lr']:.1e}  "
             f"{rate:.0f} images/s  {duration(seconds)}{'  best' if best else ''}",
             flush=True,
         )
+
+    def _checkpoint(self) -> None:
+        self._save_weights(self.folder.last)
+        self._save_state()
 
     def _save_weights(self, path: Path) -> None:
         self.info.source = {"epoch": self.engine.epoch, "seed": self.args.seed, "visattn": visattn.__version__}
         if path == self.folder.best:
             self.info.source["top1"] = self.history[-1]["eval_top1"]
-        save_weights(path, self.engine.weights.state_dict(), self.info)
+        previous = previous_name(path) if path == self.folder.last else None
+        save_weights(path, self.engine.weights.state_dict(), self.info, previous)
 
     def _save_state(self) -> None:
         save_state(
@@ -231,17 +278,22 @@ class _Run:
                 **self.engine.state_dict(),
                 "history": self.history,
                 "class_names": self.info.class_names,
+                "train_images": len(self.engine.data.train),
                 "config": saved_config(self.args),
+                "config_hash": config_hash(self.args),
+                "versions": _versions(),
             },
         )
+        self.saved = time.monotonic()
 
     def _interrupted(self, interrupted: Interrupted) -> None:
-        self._save_weights(self.folder.last)
-        self.folder.log("interrupted", signal=str(interrupted), epoch=self.engine.epoch)
+        engine = self.engine
+        config, path = (shlex.quote(str(path)) for path in (self.folder.config, self.folder.path))
+        self.folder.log("interrupted", signal=str(interrupted), epoch=engine.epoch, batch=engine.batch)
         print(
-            f"\nstopped by {interrupted} in epoch {self.engine.epoch + 1}; weights as they are: {self.folder.last}\n"
-            f"go on from the start of the epoch: python tools/train.py --config {shlex.quote(str(self.folder.config))} "
-            f"--resume {shlex.quote(str(self.folder.path))}",
+            f"\nstopped by {interrupted} in epoch {engine.epoch + 1} after {engine.batch} of "
+            f"{len(engine.train_batches)} batches\n"
+            f"go on from there: python tools/train.py --config {config} --resume {path}",
             flush=True,
         )
 
