@@ -116,11 +116,15 @@ class Launch:
         self.compiled: Any = None
 
     def __call__(self, *tensors: Tensor) -> None:
+        device = tensors[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current one
+                return self(*tensors)
         pointers = [x.data_ptr() for x in tensors]
         aligned = functools.reduce(operator.or_, pointers) % 16 == 0
         if aligned and self.compiled is not None:
-            self.compiled(*pointers, *self.rest)
-            return
+            return self.compiled(*pointers, *self.rest)
         compiled = self.kernel(*tensors, *self.rest, **self.options)
         if aligned and compiled is not None:
             self.compiled = compiled[(self.programs, 1, 1)]
+        return None

@@ -155,6 +155,18 @@ def test_tensors_that_are_not_aligned():
         assert torch.equal(vk.bi_level_routing_attention(moved, k, v, indices, regions, backend="triton"), expected)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_another_device_than_the_current():
+    qkv, indices, regions, pads = problem(*SHAPES["stage 2"], torch.bfloat16)
+    results = []
+    for device in ("cuda:0", "cuda:1", "cuda:1"):
+        leaves = [x.to(device).detach().requires_grad_() for x in qkv]
+        there = {name: x.to(device) for name, x in pads.items()}
+        out = vk.bi_level_routing_attention(*leaves, indices.to(device), regions, backend="triton", **there)
+        results.append([x.cpu() for x in (out, *torch.autograd.grad(out.float().square().sum(), leaves))])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
 @pytest.mark.parametrize("name", ["biformer_t", "biformer_stl_nchw"])
 @pytest.mark.parametrize("size", [224, 200])
 def test_model_equals_the_cpu(size, name):
