@@ -97,9 +97,3 @@ def test_bad_recipes(tmp_path: Path, text: str, message: str) -> None:
 def test_model_is_required() -> None:
     with pytest.raises(UserError, match="--model is missing"):
         parse_train_args(["--dataset", "digits"])
-
-
-def test_several_processes_are_refused_rather_than_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="torchrun: training with several processes is not supported yet"):
-        parse_train_args(DIGITS)

@@ -13,6 +13,7 @@ from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
 from visattn_tools.data import Data, Digits, Images, open_data
 from visattn_tools.loaders import TrainLoader
+from visattn_tools.processes import Processes
 
 Flags = Callable[..., list[str]]
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "crop_mode": "center"}
@@ -25,7 +26,7 @@ def _open(flags: list[str]) -> Data:
 def _batches(flags: list[str], epoch: int = 0, batch: int = 0) -> torch.Tensor:
     args = parse_train_args(flags)
     data = open_data(args, (3, 32, 32))
-    loader = TrainLoader(data.train, args, CONFIG, torch.device("cpu"))
+    loader = TrainLoader(data.train, args, CONFIG, Processes("cpu"))
     loader.start_at(epoch, batch)
     return torch.cat([images for images, _ in loader])
 

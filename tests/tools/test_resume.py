@@ -1,7 +1,5 @@
 """Runs that are killed where it hurts and go on: nothing is lost but time, and nothing differs."""
 
-import multiprocessing
-import os
 import random
 import signal
 from collections.abc import Callable
@@ -9,75 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from runs import LIVELY, assert_same_run, killed
 from visattn_tools import engine, training
 from visattn_tools.checkpoint import load_newest_state, load_state, read_header, save_state
 from visattn_tools.cli import Interrupted, UserError
 from visattn_tools.files import previous_name
 
 Flags = Callable[..., list[str]]
-# Everything random at once, an update of several batches, and an epoch whose last update has fewer.
-LIVELY = ["--epochs", "3", "--warmup-epochs", "1", "--sched-on-updates", "--mixup", "0.2", "--cutmix", "1"]
-LIVELY += ["--reprob", "0.5", "--drop-path", "0.3", "--drop", "0.2", "--model-ema", "--model-ema-decay", "0.9"]
-LIVELY += ["--batch-size", "2", "--grad-accum-steps", "2", "--checkpoint-minutes", "0"]
-
-
-def _dies(arguments: list[str], at: int, among: tuple[str, ...]) -> None:
-    """Train in this process and kill it at the event of number `at`.
-
-    Args:
-        arguments: The command line.
-        at: Which event it is, from 1 on.
-        among: What counts as one: ``step`` of training, ``replace`` and ``fsync`` of a file.
-    """
-    torch.set_num_threads(1)
-    count = 0
-
-    def event(original: Callable[..., object]) -> Callable[..., object]:
-        def call(*values: object) -> object:
-            nonlocal count
-            count += 1
-            if count == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*values)
-
-        return call
-
-    for name, (owner, attribute) in {
-        "step": (engine.Engine, "_step"),
-        "replace": (os, "replace"),
-        "fsync": (os, "fsync"),
-    }.items():
-        if name in among:
-            setattr(owner, attribute, event(getattr(owner, attribute)))
-    training.main(arguments)
-
-
-def _killed(arguments: list[str], at: int, *among: str) -> bool:
-    """Whether a process that trains was killed by :func:`_dies`; else it came to its end."""
-    context = multiprocessing.get_context("forkserver")  # imports torch once for all processes
-    context.set_forkserver_preload(["visattn_tools.training"])
-    process = context.Process(target=_dies, args=(arguments, at, among))
-    process.start()
-    process.join(120)
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Compare all that two runs leave, bit by bit."""
-    assert (a / "summary.csv").read_text() == (b / "summary.csv").read_text()
-    for name in ("best", "last"):
-        one, other = (load_file(run / "checkpoints" / f"{name}.safetensors") for run in (a, b))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
-    one, other = (load_state(run / "checkpoints" / "state.pt") for run in (a, b))
-    assert one["updates"] == other["updates"]
-    assert one["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
-    for key, state in one["optimizer"]["state"].items():
-        assert all(torch.equal(state[name], other["optimizer"]["state"][key][name]) for name in state)
-    assert torch.equal(one["random"]["torch"], other["random"]["torch"])
-    assert one["random"]["python"] == other["random"]["python"]
 
 
 @pytest.mark.slow
@@ -86,7 +22,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(flags: Flags, tmp_path
     training.main(flags("straight", *LIVELY))
     command, draw = flags("broken", *LIVELY, "--resume", "auto"), random.Random(0)
     state, kills, positions = tmp_path / "runs/broken/checkpoints/state.pt", 0, set()
-    while _killed(command, draw.randint(4, 60), "step", "replace", "fsync"):
+    while killed(command, draw.randint(4, 60), "step", "replace", "fsync"):
         kills += 1
         assert kills < 40, "the run does not get on"
         if state.exists() or previous_name(state).exists():
@@ -100,7 +36,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(flags: Flags, tmp_path
 
 def test_killed_with_workers_after_a_timed_checkpoint(flags: Flags, tmp_path: Path) -> None:
     training.main(flags("straight", *LIVELY))
-    assert _killed(flags("broken", *LIVELY, "--workers", 1), 14, "step")
+    assert killed(flags("broken", *LIVELY, "--workers", 1), 14, "step")
     assert load_state(tmp_path / "runs/broken/checkpoints/state.pt")["batch"] == 4
     training.main(flags("broken", *LIVELY, "--resume", "auto"))
     assert_same_run(tmp_path / "runs/broken", tmp_path / "runs/straight")
@@ -110,7 +46,7 @@ def test_killed_with_workers_after_a_timed_checkpoint(flags: Flags, tmp_path: Pa
 @pytest.mark.parametrize("rename", [10, 11, 12, 13])
 def test_a_kill_during_a_write_leaves_the_checkpoint_before_it(flags: Flags, tmp_path: Path, rename: int) -> None:
     more = ["--epochs", 1, "--checkpoint-minutes", 0, "--batch-size", 4, "--warmup-epochs", 0]
-    assert _killed(flags("run", *more), rename, "replace")
+    assert killed(flags("run", *more), rename, "replace")
     folder = tmp_path / "runs/run/checkpoints"
     assert load_state(folder / "state.prev.pt")
     assert load_newest_state(folder / "state.pt")["batch"] >= 1

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import visattn  # noqa: F401  registers the models
 
 from .cli import Parser, UserError, nearest, number
 from .objectives import check_flags
+from .processes import process_count
 from .sparsifiner_losses import STRATEGIES, TOKEN_CRITERIA
 
 DATASETS = ("folder", "digits")
@@ -80,6 +80,7 @@ def train_parser() -> Parser:
     add("--grad-checkpointing", action=switch, default=False, help="recompute activations to save memory")
     add("--amp", action=switch, default=False, help="mixed precision")
     add("--amp-dtype", choices=("float16", "bfloat16"), default="bfloat16", help="of mixed precision")
+    add("--sync-bn", action=switch, default=False, help="batch norm over the batches of all processes of torchrun")
     add("--channels-last", action=switch, default=False, help="memory layout")
     add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
     add("--torchcompile-mode", metavar="MODE", help="of torch.compile")
@@ -210,8 +211,6 @@ def _words(path: Path, key: str, value: Any, action: argparse.Action) -> list[st
 
 
 def _check(args: argparse.Namespace) -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("torchrun: training with several processes is not supported yet; start it with python")
     if not args.model:
         raise UserError("--model is missing; name a model, for example --model biformer_t")
     check_model_name(args.model)
@@ -237,6 +236,8 @@ def _check(args: argparse.Namespace) -> None:
     check_device(args.device)
     if args.amp and args.amp_dtype == "float16" and not args.device.startswith("cuda"):
         raise UserError(f"--amp-dtype float16 needs --device cuda, got {args.device}; use bfloat16")
+    if args.sync_bn and process_count() > 1 and not args.device.startswith("cuda"):
+        raise UserError(f"--sync-bn needs --device cuda, got {args.device}: torch has it for GPUs only")
     if args.decay_epochs is None:
         args.decay_epochs = 0.2 * args.epochs if args.sched == "wsd" else 90
     if args.resume == "auto" and not args.experiment:

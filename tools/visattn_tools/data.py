@@ -17,6 +17,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import Dataset
 
 from .cli import UserError
+from .processes import process_count
 
 SPLIT_NAMES = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
 
@@ -175,8 +176,9 @@ def open_data(args: argparse.Namespace, input_size: tuple[int, int, int]) -> Dat
             )
     if args.num_classes not in (None, len(names)):
         raise UserError(f"--num-classes {args.num_classes}: {where} has {len(names)} classes")
-    if args.batch_size > len(train):
-        raise UserError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images of {where}")
+    several = f" x {process_count()} processes" if process_count() > 1 else ""
+    if args.batch_size * process_count() > len(train):
+        raise UserError(f"--batch-size {args.batch_size}{several} exceeds the {len(train)} training images of {where}")
     return Data(Images(train, args.seed), Images(test, args.seed), names)
 
 

@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -20,31 +21,40 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import random_state, set_random_state
-from .cli import Interrupted, UserError
+from .cli import UserError
 from .data import Data
 from .loaders import TrainLoader, test_loader
 from .objectives import objective_for
+from .processes import Processes
 from .progress import Progress
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into :class:`Interrupted` at the next :meth:`check`; the second one is final.
+    """Notes the first SIGINT or SIGTERM for work that must stop only between steps; the second one is final.
 
-    Use as a context manager around work that must stop only between steps.
+    Use as a context manager around the work.
+
+    Args:
+        patient: Note the second one like the first: torchrun passes on a signal that may have come already.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __enter__(self) -> "StopSignals":
+    def __init__(self, patient: bool = False) -> None:
+        self.patient = patient
         self.received: int | None = None
+
+    def __enter__(self) -> "StopSignals":
         self._before = {signum: signal.signal(signum, self._receive) for signum in self.SIGNALS}
         return self
 
     def _receive(self, signum: int, frame: Any) -> None:
         self.received = signum
-        self._restore()
+        if not self.patient:
+            self._restore()
 
     def _restore(self) -> None:
         for signum, handler in self._before.items():
@@ -52,11 +62,6 @@ class StopSignals:
 
     def __exit__(self, *exception: object) -> None:
         self._restore()
-
-    def check(self) -> None:
-        """Raise :class:`Interrupted` if a signal has arrived."""
-        if self.received is not None:
-            raise Interrupted(self.received)
 
 
 @dataclass
@@ -88,11 +93,21 @@ class Engine:
         data: Images to train and test on.
         data_config: timm's description of the input.
         args: The flags.
+        processes: Those that train together.
     """
 
-    def __init__(self, model: nn.Module, data: Data, data_config: dict[str, Any], args: argparse.Namespace) -> None:
-        self.args, self.data = args, data
-        self.device = torch.device(args.device)
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        data_config: dict[str, Any],
+        args: argparse.Namespace,
+        processes: Processes,
+    ) -> None:
+        self.args, self.data, self.processes = args, data, processes
+        self.device = processes.device
+        if args.sync_bn and processes.count > 1:
+            model = convert_sync_batchnorm(model)
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.memory_format)
         self.mixup, criterion = _mixup_and_loss(args, len(data.class_names))
@@ -100,8 +115,8 @@ class Engine:
         self.ema = (
             ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         )
-        self.train_batches = TrainLoader(data.train, args, data_config, self.device)
-        self.test_batches = test_loader(data.test, args, data_config, self.device)
+        self.train_batches = TrainLoader(data.train, args, data_config, processes)
+        self.test_batches = test_loader(data.test, args, data_config, processes)
         self.updates_per_epoch = math.ceil(len(self.train_batches) / args.grad_accum_steps)
         try:
             self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
@@ -114,7 +129,8 @@ class Engine:
             raise UserError(f"--sched {args.sched}: the installed timm {timm.__version__} does not know it")
         self.scaler = NativeScaler(self.device.type) if args.amp and args.amp_dtype == "float16" else None
         # The compiled module shares the parameters; state and weights are taken from the plain one.
-        self.call = self._compiled(model) if args.torchcompile else model
+        self.wrapped = processes.wrap(model)
+        self.call = self._compiled(self.wrapped) if args.torchcompile else self.wrapped
         self.epoch = self.updates = 0
         self._begin_epoch()
 
@@ -157,26 +173,34 @@ class Engine:
                 self.mixup.mixup_enabled = False
             self.train_batches.start_at(self.epoch, self.batch)
             label = f"epoch {self.epoch + 1:>{len(str(self.epochs))}}/{self.epochs}"
-            with Progress(label, (batches - self.batch) * self.args.batch_size) as progress:
+            with Progress(label, (batches - self.batch) * self.args.batch_size * self.processes.count) as progress:
                 for i, (images, targets) in enumerate(self.train_batches, self.batch):
                     if i % steps == 0:
                         self.batch = i
                         pause()
                     group = min(steps, batches - i // steps * steps)  # the last group may be smaller
                     last = (i + 1) % steps == 0 or i + 1 == batches
-                    self.loss += self._step(images, targets, group, last) * len(images)
+                    with self._exchange(last):
+                        self.loss += self._step(images, targets, group, last) * len(images)
                     self.images += len(images)
-                    progress.advance(len(images))
+                    progress.advance(len(images) * self.processes.count)
                     if progress.due():
                         progress.draw(loss=f"{self._finite(self.loss / self.images):.3f}", lr=f"{self.lr:.1e}")
             self.batch = batches
-        return self._finite(self.loss / self.images)
+        losses = self.processes.gather(self.loss)  # every process has seen as many images
+        return self._finite(losses.mean() / self.images)
 
     def end_epoch(self) -> None:
         """Go on to the next epoch, after :meth:`train_epoch` and what was to be done with its weights."""
         self.epoch += 1
         self.scheduler.step(self.epoch)
         self._begin_epoch()
+
+    def _exchange(self, update: bool) -> Any:
+        # Processes exchange gradients once per update, not for every batch that it accumulates.
+        if update or not isinstance(self.wrapped, DistributedDataParallel):
+            return nullcontext()
+        return self.wrapped.no_sync()
 
     def _step(self, images: Tensor, targets: Tensor, group: int, update: bool) -> Tensor:
         if self.mixup:
@@ -219,16 +243,20 @@ class Engine:
         return value
 
     @torch.inference_mode()
-    def evaluate(self, stop: StopSignals | None = None) -> Evaluation:
-        """Classify all held-out images with :attr:`weights`."""
+    def evaluate(self, pause: Callable[[], None] = lambda: None) -> Evaluation:
+        """Classify all held-out images with :attr:`weights`.
+
+        Args:
+            pause: Called before every batch. It may raise.
+        """
+        self.processes.share_statistics(self.weights)
         self.weights.eval()
-        # The average has parameters of its own, which the compiled model does not see.
-        call = self.weights if self.ema else self.call
+        # The average has parameters of its own, which the compiled model does not see; and every process tests alone.
+        call = self.weights if self.ema or self.processes.count > 1 else self.call
         parts: list[tuple[Tensor, ...]] = []
         with Progress("testing", len(self.data.test)) as progress:
             for images, targets in self.test_batches:
-                if stop:
-                    stop.check()
+                pause()
                 with self._autocast():
                     logits = call(images.contiguous(memory_format=self.memory_format)).float()
                 confidences, predictions = logits.softmax(1).max(1)
@@ -236,14 +264,18 @@ class Engine:
                 rank = (logits > logits.gather(1, targets[:, None])).sum(1)
                 losses = F.cross_entropy(logits, targets, reduction="none")
                 parts.append((losses, rank < 5, targets, predictions, confidences))
-                progress.advance(len(images))
+                progress.advance(len(images) * self.processes.count)
                 if progress.due():
                     progress.draw()
-        losses, top5, targets, predictions, confidences = (torch.cat(column).cpu() for column in zip(*parts))
+        table = self.processes.gather(torch.stack([torch.cat(column).double() for column in zip(*parts)]))
+        # (processes, columns, images) back to the order of the dataset, less the images that were given out twice.
+        columns = table.permute(1, 2, 0).flatten(1)[:, : len(self.data.test)].cpu()
+        losses, top5, confidences = columns[[0, 1, 4]]
+        targets, predictions = columns[2:4].long()
         return Evaluation(
-            loss=float(losses.double().mean()),
+            loss=float(losses.mean()),
             top1=float((predictions == targets).double().mean() * 100),
-            top5=float(top5.double().mean() * 100),
+            top5=float(top5.mean() * 100),
             targets=targets.numpy(),
             predictions=predictions.numpy(),
             confidences=confidences.numpy(),
@@ -258,18 +290,23 @@ class Engine:
             "epoch": self.epoch,
             "batch": self.batch,
             "updates": self.updates,
-            "loss": self.loss,
             "images": self.images,
             "epoch_lr": self.epoch_lr,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
-            "random": random_state(),
-        }
+        } | self.own_state()
+
+    def own_state(self) -> dict[str, Any]:
+        """The part of :meth:`state_dict` that every process has another of."""
+        return {"loss": self.loss.cpu(), "random": random_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`, of a run with the same model and optimizer."""
+        """Continue from `state`, of a run with the same model and optimizer.
+
+        Its ``others`` are what :meth:`own_state` gave in the processes after the first.
+        """
         self.epoch, self.updates = state["epoch"], state["updates"]
         self.model.load_state_dict(state["model"])
         if self.ema:
@@ -283,8 +320,11 @@ class Engine:
         self._begin_epoch()
         if state.get("batch"):  # between epochs there is nothing more, and old states have no more
             self.batch, self.images, self.epoch_lr = state["batch"], state["images"], state["epoch_lr"]
-            self.loss = state["loss"].to(self.device)
-        set_random_state(state["random"])
+        own = [state, *state.get("others", [])][self.processes.rank :][:1]
+        if own:  # more processes than before may go on from the end of an epoch
+            set_random_state(own[0]["random"])
+            if self.batch:
+                self.loss = own[0]["loss"].to(self.device)
 
 
 def _mixup_and_loss(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:

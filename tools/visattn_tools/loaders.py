@@ -18,18 +18,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from .data import Images, seeded
+from .processes import Processes
 
 
 class EpochSampler(DistributedSampler):
-    """The shuffle of an epoch, from any position on. It depends on the seed and the epoch alone.
+    """A process's share of the shuffle of an epoch, from any position on. It depends on the seed and the epoch alone.
+
+    The batches that several processes train on at the same time are together the batch of one process.
 
     Args:
         images: What is shuffled.
         seed: Of the shuffles.
+        processes: Those that share the images.
     """
 
-    def __init__(self, images: Images, seed: int) -> None:
-        super().__init__(images, num_replicas=1, rank=0, shuffle=True, seed=seed, drop_last=True)
+    def __init__(self, images: Images, seed: int, processes: Processes) -> None:
+        super().__init__(images, processes.count, processes.rank, shuffle=True, seed=seed, drop_last=True)
         self.skip = 0
 
     def __iter__(self) -> Iterator[int]:
@@ -43,30 +47,32 @@ class BatchErasing(RandomErasing):
     between those of the steps in an order that a resumed run cannot repeat.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+    def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
+        device = processes.device
         super().__init__(probability=args.reprob, mode=args.remode, max_count=args.recount, device=device)
-        self.seed = args.seed
+        self.seed, self.processes = args.seed, processes
         self.epoch = self.batch = 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        with seeded(self.seed, self.epoch, self.batch, device=images.device):
+        batch = self.batch * self.processes.count + self.processes.rank
+        with seeded(self.seed, self.epoch, batch, device=images.device):
             images = super().__call__(images)
         self.batch += 1
         return images
 
 
 class TrainLoader(PrefetchLoader):
-    """Augmented, shuffled, normalised batches on a device; every epoch can be entered at any batch.
+    """A process's augmented, shuffled, normalised batches on its device; every epoch can be entered at any batch.
 
     Args:
         images: The pictures; their transform is set here.
         args: The flags.
         data_config: timm's description of the input.
-        device: Where the batches go.
+        processes: Those that share the batches.
     """
 
     def __init__(
-        self, images: Images, args: argparse.Namespace, data_config: dict[str, Any], device: torch.device
+        self, images: Images, args: argparse.Namespace, data_config: dict[str, Any], processes: Processes
     ) -> None:
         images.transform = create_transform(
             data_config["input_size"],
@@ -82,11 +88,11 @@ class TrainLoader(PrefetchLoader):
             interpolation=args.train_interpolation,
             **_transform(data_config),
         )
-        self.images, self.epoch_sampler = images, EpochSampler(images, args.seed)
+        self.images, self.epoch_sampler = images, EpochSampler(images, args.seed, processes)
         loader = _loader(images, args, args.batch_size, self.epoch_sampler, drop_last=True)
-        super().__init__(loader, **_normalisation(data_config), device=device)
+        super().__init__(loader, **_normalisation(data_config), device=processes.device)
         if args.reprob and not args.no_aug:
-            self.random_erasing = BatchErasing(args, device)
+            self.random_erasing = BatchErasing(args, processes)
 
     def start_at(self, epoch: int, batch: int) -> None:
         """Make the next iteration go through `epoch` from `batch` on."""
@@ -99,14 +105,18 @@ class TrainLoader(PrefetchLoader):
 
 
 def test_loader(
-    images: Images, args: argparse.Namespace, data_config: dict[str, Any], device: torch.device
+    images: Images, args: argparse.Namespace, data_config: dict[str, Any], processes: Processes
 ) -> PrefetchLoader:
-    """All images in order, in normalised batches on `device`."""
+    """All images in order, every process every so manieth, in normalised batches on its device.
+
+    Where the number of processes does not divide that of the images, the last of them get the first images again.
+    """
     images.transform = create_transform(
         data_config["input_size"], interpolation=data_config["interpolation"], **_transform(data_config)
     )
-    loader = _loader(images, args, args.validation_batch_size or args.batch_size, None, drop_last=False)
-    return PrefetchLoader(loader, **_normalisation(data_config), device=device)
+    sampler: DistributedSampler = DistributedSampler(images, processes.count, processes.rank, shuffle=False)
+    loader = _loader(images, args, args.validation_batch_size or args.batch_size, sampler, drop_last=False)
+    return PrefetchLoader(loader, **_normalisation(data_config), device=processes.device)
 
 
 def _transform(data_config: dict[str, Any]) -> dict[str, Any]:
@@ -118,9 +128,7 @@ def _normalisation(data_config: dict[str, Any]) -> dict[str, Any]:
     return {"mean": data_config["mean"], "std": data_config["std"], "channels": data_config["input_size"][0]}
 
 
-def _loader(
-    images: Images, args: argparse.Namespace, batch_size: int, sampler: Sampler | None, drop_last: bool
-) -> DataLoader:
+def _loader(images: Images, args: argparse.Namespace, batch_size: int, sampler: Sampler, drop_last: bool) -> DataLoader:
     return DataLoader(
         images,
         batch_size=batch_size,

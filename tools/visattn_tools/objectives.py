@@ -15,6 +15,7 @@ from visattn.models.lookupvit import LookupViT
 from visattn.models.sparsifiner import Sparsifiner
 
 from .cli import UserError
+from .processes import process_count
 from .sparsifiner_losses import STRATEGIES, TEACHER_LOSSES, WEIGHTS, check_teacher, freeze, losses, total
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -168,6 +169,11 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--{flag.replace('_', '-')} cannot be had with --strategy {args.strategy}, which looks into the model"
             )
+    if process_count() > 1 and args.strategy != "cls":
+        raise UserError(
+            f"--strategy {args.strategy} looks into the model, past the exchange of gradients: "
+            f"it trains in one process, not in torchrun's {process_count()}"
+        )
     if args.teacher_weights and not Path(args.teacher_weights).is_file():
         raise UserError(f"--teacher-weights {args.teacher_weights}: no such file")
     for name, value in args.loss_weights.items():

@@ -1,12 +1,13 @@
 """``tools/train.py``: from the flags to a run folder."""
 
 import argparse
-import platform
+import os
 import random
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,16 @@ import visattn
 
 from . import report
 from .benchmark import hardware
-from .checkpoint import ModelInfo, load_newest_state, mismatch, read_header, save_state, save_weights
+from .checkpoint import ModelInfo, mismatch, read_header, save_state, save_weights
 from .cli import Interrupted, UserError
 from .config import config_hash, parse_train_args, saved_config
-from .data import Data, open_data
+from .data import open_data
 from .engine import Engine, StopSignals
 from .files import previous_name
+from .processes import Processes
 from .progress import duration
+from .resume import resumable_state, versions
 from .run_folder import RunFolder
-
-IDENTITY = ("model", "model_kwargs", "dataset", "opt", "model_ema", "strategy")
-"""Flags that a resumed run must share with the run it goes on with."""
-POSITION = ("batch_size", "grad_accum_steps", "seed")
-"""Flags that it must share besides, if that run stopped within an epoch: they say which images were seen."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,29 +45,39 @@ def train(args: argparse.Namespace) -> RunFolder:
         UserError: Bad input, before any work.
         Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
+    with Processes(args.device) as processes, ExitStack() as stack:
+        if not processes.first:  # the first one speaks for all
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return _train(args, processes)
+
+
+def _train(args: argparse.Namespace, processes: Processes) -> RunFolder:
     folder = RunFolder.choose(args)
     # auto starts afresh where there is nothing to go on with, so that one command serves both in a job script.
     resume = bool(args.resume) and (args.resume != "auto" or folder.resumable)
     data_config = _data_config(args)
     data = open_data(args, data_config["input_size"])
-    state = _resumable(folder, args, data) if resume else None
+    least, most = processes.largest(-int(resume), int(resume))
+    if -least != most:
+        raise UserError(f"--resume {args.resume}: only some processes find {folder.path}; --output must be one for all")
+    state = resumable_state(folder, args, data, processes) if resume else None
     random.seed(args.seed)
     np.random.seed(args.seed)  # noqa: NPY002  timm draws from the global generator
     torch.manual_seed(args.seed)
     model = _create_model(args, len(data.class_names), data_config)
     if args.lr is None:
-        share = args.batch_size * args.grad_accum_steps / args.lr_base_size
+        share = args.batch_size * args.grad_accum_steps * processes.count / args.lr_base_size
         args.lr = args.lr_base * (share**0.5 if args.lr_base_scale == "sqrt" else share)
-    engine = Engine(model, data, data_config, args)
-    folder.create(args, fresh=state is None)
+    engine = Engine(model, data, data_config, args, processes)
+    if not processes.first:
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed((args.seed + processes.rank) % 2**32)
+    processes.largest(0)  # all have read what an earlier run left before the folder changes
+    if processes.first:
+        folder.create(args, fresh=state is None)
     info = ModelInfo(args.model, len(data.class_names), args.model_kwargs, data.class_names, data_config)
     _Run(args, folder, engine, info).fit(state)
     return folder
-
-
-def _versions() -> dict[str, str]:
-    own = {"visattn": visattn.__version__, "python": platform.python_version()}
-    return own | {"torch": str(torch.__version__), "timm": timm.__version__, "numpy": np.__version__}
 
 
 def _data_config(args: argparse.Namespace) -> dict[str, Any]:
@@ -124,47 +132,12 @@ def _shown(kwargs: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in kwargs.items())
 
 
-def _resumable(folder: RunFolder, args: argparse.Namespace, data: Data) -> dict[str, Any]:
-    state = load_newest_state(folder.state)
-    before, now = state["config"], saved_config(args)
-    for key in IDENTITY:
-        if before.get(key) != now[key]:
-            flag = f"--{key.replace('_', '-')}"
-            raise UserError(f"--resume: {folder.path} was run with {flag} {before.get(key)}, not {now[key]}")
-    if state["class_names"] != data.class_names:
-        raise UserError(
-            f"--resume: {folder.path} was trained on {len(state['class_names'])} other classes than the data has"
-        )
-    if state.get("batch"):
-        _check_position(folder, args, data, state)
-    changed = [
-        f"{key} {before.get(key)} -> {now[key]}"
-        for key in now
-        if before.get(key) != now[key] and key not in ("output", "experiment", "lr")
-    ]
-    versions, then = _versions(), state.get("versions", {})
-    changed += [f"{key} {then[key]} -> {versions[key]}" for key in then if then[key] != versions.get(key)]
-    if changed:
-        print(f"changed since the run began: {', '.join(changed)}")
-    return state
-
-
-def _check_position(folder: RunFolder, args: argparse.Namespace, data: Data, state: dict[str, Any]) -> None:
-    where = f"--resume: {folder.path} stopped within epoch {state['epoch'] + 1}, after {state['batch']} batches"
-    for key in POSITION:
-        before, now = state["config"][key], getattr(args, key)
-        if before != now:
-            flag = f"--{key.replace('_', '-')}"
-            raise UserError(f"{where}: with {flag} {now} the epoch would be another; give {flag} {before}")
-    if state["train_images"] != len(data.train):
-        raise UserError(f"{where} of {state['train_images']} images: the data has {len(data.train)} now")
-
-
 class _Run:
     """The loop over epochs, its records and its end."""
 
     def __init__(self, args: argparse.Namespace, folder: RunFolder, engine: Engine, info: ModelInfo) -> None:
         self.args, self.folder, self.engine, self.info = args, folder, engine, info
+        self.processes = engine.processes
         self.history: list[dict[str, Any]] = []
 
     @property
@@ -176,9 +149,10 @@ class _Run:
         engine, folder, data = self.engine, self.folder, self.engine.data
         parameters = sum(p.numel() for p in engine.model.parameters()) / 1e6
         size = "x".join(map(str, self.info.data_config["input_size"][1:]))
+        several = f" in each of {self.processes.count} processes" if self.processes.count > 1 else ""
         print(
             f"{self.args.model}: {parameters:.2f} M parameters, {size} px, {len(data.class_names)} classes, "
-            f"{len(data.train)} training and {len(data.test)} held-out images, on {engine.device}, "
+            f"{len(data.train)} training and {len(data.test)} held-out images, on {engine.device}{several}, "
             f"visattn {visattn.__version__}, torch {torch.__version__}"
         )
         print(f"run folder: {folder.path}", flush=True)
@@ -189,21 +163,22 @@ class _Run:
                 f"and the run has {updates}: it will hold on to the start; lower it or add --model-ema-warmup"
             )
         where = {"hardware": hardware(self.args.device), "threads": torch.get_num_threads()}
-        folder.log(
+        self._log(
             "resume" if state else "start",
             argv=sys.argv[1:],
             config_hash=config_hash(self.args),
-            **_versions(),
+            processes=self.processes.count,
+            **versions(),
             **where,
         )
         start = time.monotonic()
-        with StopSignals() as self.stop:
+        with StopSignals(patient=self.processes.count > 1) as self.stop:
             try:
                 if state:
                     self.history = state["history"]
                     engine.load_state_dict(state)
                     self.saved = time.monotonic()
-                    if self.history:  # the kill may have come before this was written
+                    if self.history and self.processes.first:  # the kill may have come before this was written
                         folder.write_summary(self.history)
                 else:
                     self._save_state()  # so that an interruption at any time leaves something to resume
@@ -226,15 +201,23 @@ class _Run:
 
     def _pause(self) -> None:
         """Between two updates: stop if a signal asks for it, save the state if it is time."""
-        self.stop.check()
-        if time.monotonic() - self.saved >= self.args.checkpoint_minutes * 60:
+        due = self.processes.first and time.monotonic() - self.saved >= self.args.checkpoint_minutes * 60
+        signum, due = self.processes.largest(self.stop.received or 0, int(due))
+        if signum:
+            raise Interrupted(signum)
+        if due:
             self._checkpoint()
+
+    def _stop(self) -> None:
+        (signum,) = self.processes.largest(self.stop.received or 0)
+        if signum:
+            raise Interrupted(signum)
 
     def _epoch(self) -> None:
         engine, start, first = self.engine, time.monotonic(), self.engine.batch
         loss = engine.train_epoch(self._pause)
         seconds = time.monotonic() - start
-        result = engine.evaluate(self.stop)
+        result = engine.evaluate(self._stop)
         row = {
             "epoch": engine.epoch + 1,
             "train_loss": loss,
@@ -250,9 +233,10 @@ class _Run:
         if best:
             self._save_weights(self.folder.best)
         self._checkpoint()
-        self.folder.write_summary(self.history)
-        rate = (len(engine.train_batches) - first) * self.args.batch_size / seconds
-        self.folder.log("epoch", **row, seconds=round(seconds, 3), images_per_second=round(rate, 1))
+        if self.processes.first:
+            self.folder.write_summary(self.history)
+        rate = (len(engine.train_batches) - first) * self.args.batch_size * self.processes.count / seconds
+        self._log("epoch", **row, seconds=round(seconds, 3), images_per_second=round(rate, 1))
         print(
             f"epoch {engine.epoch:>{len(str(engine.epochs))}}/{engine.epochs}  train loss {loss:.3f}  "
             f"held-out loss {result.loss:.3f}  top-1 {result.top1:5.2f} %  lr {row['lr']:.1e}  "
@@ -264,7 +248,13 @@ class _Run:
         self._save_weights(self.folder.last)
         self._save_state()
 
+    def _log(self, event: str, **values: Any) -> None:
+        if self.processes.first:
+            self.folder.log(event, **values)
+
     def _save_weights(self, path: Path) -> None:
+        if not self.processes.first:
+            return
         self.info.source = {"epoch": self.engine.epoch, "seed": self.args.seed, "visattn": visattn.__version__}
         if path == self.folder.best:
             self.info.source["top1"] = self.history[-1]["eval_top1"]
@@ -272,16 +262,21 @@ class _Run:
         save_weights(path, self.engine.weights.state_dict(), self.info, previous)
 
     def _save_state(self) -> None:
+        own = self.processes.collect(self.engine.own_state())
+        if not self.processes.first:
+            return
         save_state(
             self.folder.state,
             {
                 **self.engine.state_dict(),
+                "processes": self.processes.count,
+                "others": own[1:],
                 "history": self.history,
                 "class_names": self.info.class_names,
                 "train_images": len(self.engine.data.train),
                 "config": saved_config(self.args),
                 "config_hash": config_hash(self.args),
-                "versions": _versions(),
+                "versions": versions(),
             },
         )
         self.saved = time.monotonic()
@@ -289,7 +284,7 @@ class _Run:
     def _interrupted(self, interrupted: Interrupted) -> None:
         engine = self.engine
         config, path = (shlex.quote(str(path)) for path in (self.folder.config, self.folder.path))
-        self.folder.log("interrupted", signal=str(interrupted), epoch=engine.epoch, batch=engine.batch)
+        self._log("interrupted", signal=str(interrupted), epoch=engine.epoch, batch=engine.batch)
         print(
             f"\nstopped by {interrupted} in epoch {engine.epoch + 1} after {engine.batch} of "
             f"{len(engine.train_batches)} batches\n"
@@ -303,11 +298,13 @@ class _Run:
         # The pictures show the saved file, not what happens to be in memory.
         timm.models.load_checkpoint(engine.weights, str(folder.best))
         result = engine.evaluate()
+        if not self.processes.first:
+            return
         pictures = report.write(folder, self.history, result, engine.weights, engine.data, self.info)
         print(f"best held-out top-1 {best['eval_top1']:.2f} % in epoch {best['epoch']}, last {last['eval_top1']:.2f} %")
         print(f"pictures: {', '.join(str(path) for path in pictures)}")
         if folder.routing not in pictures:
             print(f"no {folder.routing.name}: {self.args.model} has no routed attention")
-        folder.log("end", best_epoch=best["epoch"], best_top1=best["eval_top1"])
+        self._log("end", best_epoch=best["epoch"], best_top1=best["eval_top1"])
         files = f"{shlex.quote(str(folder.best))} {shlex.quote(str(folder.example))}"
         print(f"to use it: python tools/predict.py --checkpoint {files}", flush=True)
