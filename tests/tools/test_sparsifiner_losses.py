@@ -119,9 +119,7 @@ def test_bad_input():
     model = timm.create_model("test_sparsifiner", num_classes=7)
     with pytest.raises(ValueError, match="the teacher is a Linear; these losses are for a Sparsifiner"):
         check_teacher(model, torch.nn.Linear(1, 1))
-    with pytest.raises(
-        ValueError, match="strategy 'dense' is not known; use one of attn_recon, attn_self_"
-    ):
+    with pytest.raises(ValueError, match="strategy 'dense' is not known; use one of attn_recon, attn_self_"):
         freeze(model, "dense")
     details = model.forward_details(torch.zeros(1, 3, 64, 64))
     with pytest.raises(ValueError, match="loss 'cls_distill' needs a teacher"):
