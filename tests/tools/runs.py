@@ -31,7 +31,9 @@ def _process(
         def call(*values: object) -> object:
             nonlocal count
             count += 1
-            if count == at:
+            if count == at and "nan" in among:
+                values = (values[0], values[1] * float("nan"), *values[2:])  # type: ignore[operator]
+            elif count == at:
                 os.kill(os.getpid(), signum)
             return original(*values)
 
@@ -39,6 +41,7 @@ def _process(
 
     for name, (owner, attribute) in {
         "step": (engine.Engine, "_step"),
+        "nan": (engine.Engine, "_step"),
         "replace": (os, "replace"),
         "fsync": (os, "fsync"),
     }.items():
@@ -64,7 +67,8 @@ def exit_codes(
         arguments: The command line.
         processes: How many train together.
         at: The event at which one gets a signal, from 1 on.
-        among: What counts as an event: ``step`` of training, ``replace`` and ``fsync`` of a file.
+        among: What counts as an event: ``step`` of training, ``replace`` and ``fsync`` of a file; or ``nan``: the
+            images of a training step become so, and there is no signal.
         victim: Which one gets it. If it dies of it the others are killed, too, as torchrun does.
         signum: Which signal.
     """

@@ -50,10 +50,17 @@ def _writing(write: Callable[..., None], *arguments: Any) -> None:
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], info: ModelInfo, previous: Path | None = None) -> None:
     """Write weights atomically as safetensors, `info` in the header as JSON; what they replace becomes `previous`."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
-    metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in asdict(info).items()}
+    save_tensors(path, state_dict, asdict(info), previous)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], previous: Path | None = None
+) -> None:
+    """Write tensors atomically as safetensors, `facts` in the header as JSON; what they replace becomes `previous`."""
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in facts.items()}
     with replacing(path, previous) as temporary:
-        _writing(save_file, tensors, temporary, metadata)
+        _writing(save_file, plain, temporary, metadata)
 
 
 def read_header(path: Path) -> tuple[ModelInfo | None, dict[str, tuple[int, ...]]]:

@@ -55,6 +55,13 @@ def train_parser() -> Parser:
     add("--train-split", default="train", metavar="NAME", help="folder of the training images")
     add("--val-split", default="validation", metavar="NAME", help="folder of the held-out images; val, ... are found")
     add("--num-classes", type=_COUNT, help="checked against the data; default: as the data")
+    add(
+        "--max-unreadable",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="training images that may be unreadable: each is listed and replaced by the next; one more is an error",
+    )
     add("-j", "--workers", type=number(int, 0, 1024), default=4, help="loader processes")
     add("--pin-mem", action=switch, default=False, help="page-locked batches for faster transfer")
 
@@ -87,6 +94,13 @@ def train_parser() -> Parser:
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--opt", default="adamw", metavar="NAME", help="any of timm's")
+    add(
+        "--max-bad-batches",
+        type=number(int, 0),
+        default=10,
+        metavar="N",
+        help="batches whose loss may be nan or inf: their update is left out; one more stops the run",
+    )
     add("--opt-eps", type=number(float, 0, above=True), help="default: the optimizer's")
     add("--opt-betas", type=_FRACTION, nargs="+", help="default: the optimizer's")
     add("--momentum", type=_FRACTION, default=0.9, help="of optimizers that have one")

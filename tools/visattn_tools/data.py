@@ -121,11 +121,17 @@ class Images(Dataset):
     """What a loader reads: pictures of a source through a transform.
 
     The augmentation of a picture depends on seed, epoch and index alone: not on the number of workers, nor on whether
-    the run was interrupted before.
+    the run was interrupted before. A picture that cannot be read gives way to the next one that can, of whatever class.
+
+    Args:
+        source: The pictures.
+        seed: Of the augmentation.
+        max_unreadable: How many pictures may be unreadable.
     """
 
-    def __init__(self, source: Source, seed: int) -> None:
-        self.source, self.seed = source, seed
+    def __init__(self, source: Source, seed: int, max_unreadable: int = 0) -> None:
+        self.source, self.seed, self.max_unreadable = source, seed, max_unreadable
+        self._unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # workers mark, all see
         self.transform: Callable[[Image.Image], Any] | None = None  # the loader sets it
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers see it change
 
@@ -133,14 +139,33 @@ class Images(Dataset):
         """Choose the epoch that the augmentation is drawn for."""
         self._epoch.fill_(epoch)
 
+    @property
+    def unreadable(self) -> list[int]:
+        """The pictures that could not be read so far."""
+        return self._unreadable.nonzero().flatten().tolist()
+
+    def mark_unreadable(self, indices: list[int]) -> None:
+        """Count pictures as unreadable that others have met."""
+        self._unreadable[indices] = True
+
     def __len__(self) -> int:
         return len(self.source)
 
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        for shift in range(len(self)):
+            place = (index + shift) % len(self)
+            try:
+                return self.source[place]
+            except Exception as error:  # every decoder has its own kinds
+                self._unreadable[place] = True
+                count = len(self.unreadable)
+                if count > self.max_unreadable:
+                    allowed = f" ({count} such images; --max-unreadable {self.max_unreadable})" if count > 1 else ""
+                    raise UserError(f"cannot read the image {self.source.name(place)}: {error}{allowed}") from None
+        raise UserError("none of the images can be read")
+
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        try:
-            picture, target = self.source[index]
-        except Exception as error:  # every decoder has its own kinds
-            raise UserError(f"cannot read the image {self.source.name(index)}: {error}") from None
+        picture, target = self._read(index)
         with seeded(self.seed, int(self._epoch), index):
             return (self.transform(picture) if self.transform else picture), target
 
@@ -179,7 +204,8 @@ def open_data(args: argparse.Namespace, input_size: tuple[int, int, int]) -> Dat
     several = f" x {process_count()} processes" if process_count() > 1 else ""
     if args.batch_size * process_count() > len(train):
         raise UserError(f"--batch-size {args.batch_size}{several} exceeds the {len(train)} training images of {where}")
-    return Data(Images(train, args.seed), Images(test, args.seed), names)
+    # Held-out images are not replaced: the result would be that of another set.
+    return Data(Images(train, args.seed, args.max_unreadable), Images(test, args.seed), names)
 
 
 def _some(label: str, names: set[str]) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -32,38 +31,6 @@ from .processes import Processes
 from .progress import Progress
 
 
-class StopSignals:
-    """Notes the first SIGINT or SIGTERM for work that must stop only between steps; the second one is final.
-
-    Use as a context manager around the work.
-
-    Args:
-        patient: Note the second one like the first: torchrun passes on a signal that may have come already.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, patient: bool = False) -> None:
-        self.patient = patient
-        self.received: int | None = None
-
-    def __enter__(self) -> "StopSignals":
-        self._before = {signum: signal.signal(signum, self._receive) for signum in self.SIGNALS}
-        return self
-
-    def _receive(self, signum: int, frame: Any) -> None:
-        self.received = signum
-        if not self.patient:
-            self._restore()
-
-    def _restore(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-
 @dataclass
 class Evaluation:
     """Result of a pass over the held-out images, one entry per image in the order of the dataset.
@@ -83,6 +50,20 @@ class Evaluation:
     targets: np.ndarray
     predictions: np.ndarray
     confidences: np.ndarray
+
+
+class LossNotFinite(UserError):
+    """More batches than allowed had a loss that is nan or inf; the last one of them is in here.
+
+    Attributes:
+        images: (B, C, H, W) as the model got them.
+        targets: Its classes, or their shares after mixing.
+        facts: Where it was: epoch, batch, loss, learning rate, file names.
+    """
+
+    def __init__(self, message: str, images: Tensor, targets: Tensor, facts: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.images, self.targets, self.facts = images, targets, facts
 
 
 class Engine:
@@ -131,7 +112,13 @@ class Engine:
         # The compiled module shares the parameters; state and weights are taken from the plain one.
         self.wrapped = processes.wrap(model)
         self.call = self._compiled(self.wrapped) if args.torchcompile else self.wrapped
-        self.epoch = self.updates = 0
+        # Batch norms note every batch that they see; a bad one has to be forgotten.
+        self.statistics = [
+            value for name, value in model.named_buffers() if name.endswith(("running_mean", "running_var"))
+        ]
+        self.statistics_before = [value.clone() for value in self.statistics]
+        self.epoch = self.updates = self.bad_batches = 0
+        self.healthy = True  # whether the update that is being made is still to be made
         self._begin_epoch()
 
     def _compiled(self, model: nn.Module) -> Any:
@@ -153,7 +140,8 @@ class Engine:
         return torch.autocast(self.device.type, dtype=getattr(torch, self.args.amp_dtype))
 
     def _begin_epoch(self) -> None:
-        self.batch = self.images = 0
+        self.batch = self.batch_now = self.images = 0
+        self.last_bad: LossNotFinite | None = None
         self.loss = torch.zeros((), device=self.device)
         self.epoch_lr = self.lr
 
@@ -164,7 +152,7 @@ class Engine:
             pause: Called before every update, when :meth:`state_dict` describes all that happened. It may raise.
 
         Raises:
-            UserError: The loss is not finite.
+            LossNotFinite: The loss is not finite more often than ``--max-bad-batches`` allows, or all the epoch.
         """
         batches, steps = len(self.train_batches), self.args.grad_accum_steps
         if self.batch < batches:
@@ -178,17 +166,23 @@ class Engine:
                     if i % steps == 0:
                         self.batch = i
                         pause()
+                        self.healthy = True
+                    self.batch_now = i
                     group = min(steps, batches - i // steps * steps)  # the last group may be smaller
                     last = (i + 1) % steps == 0 or i + 1 == batches
                     with self._exchange(last):
-                        self.loss += self._step(images, targets, group, last) * len(images)
-                    self.images += len(images)
+                        loss = self._step(images, targets, group, last)
+                    if loss is not None:
+                        self.loss += loss * len(images)
+                        self.images += len(images)
                     progress.advance(len(images) * self.processes.count)
                     if progress.due():
-                        progress.draw(loss=f"{self._finite(self.loss / self.images):.3f}", lr=f"{self.lr:.1e}")
+                        progress.draw(loss=f"{float(self.loss) / max(self.images, 1):.3f}", lr=f"{self.lr:.1e}")
             self.batch = batches
         losses = self.processes.gather(self.loss)  # every process has seen as many images
-        return self._finite(losses.mean() / self.images)
+        if self.last_bad and not self.images:  # however many are allowed, an epoch of nothing else is over
+            raise self.last_bad
+        return float(losses.mean() / self.images)
 
     def end_epoch(self) -> None:
         """Go on to the next epoch, after :meth:`train_epoch` and what was to be done with its weights."""
@@ -202,12 +196,33 @@ class Engine:
             return nullcontext()
         return self.wrapped.no_sync()
 
-    def _step(self, images: Tensor, targets: Tensor, group: int, update: bool) -> Tensor:
+    def _step(self, images: Tensor, targets: Tensor, group: int, update: bool) -> Tensor | None:
+        """Loss of a batch, after its share in an update; None if the update is left out for a loss that is not finite.
+
+        Processes leave out an update together: nan in one is nan in all after the exchange of gradients.
+        """
+        if not self.healthy:
+            if update:
+                self._end_update(False)
+            return None
         if self.mixup:
             images, targets = self.mixup(images, targets)
         images = images.contiguous(memory_format=self.memory_format)
+        if self.statistics:
+            torch._foreach_copy_(self.statistics_before, self.statistics)
         with self._autocast():
             loss = self.objective(self.call, images, targets, self.updates)
+        # Asked before the backward pass is queued, the GPU has work again as soon as the answer is there.
+        own = math.isfinite(value := float(loss.detach()))
+        (bad,) = self.processes.largest(int(not own))
+        if bad:
+            self.healthy = False
+            if self.statistics:
+                torch._foreach_copy_(self.statistics, self.statistics_before)
+            self._count_bad(value, images, targets)
+            if update:
+                self._end_update(False)
+            return None
         clip, mode = self.args.clip_grad, self.args.clip_mode
         parameters = list(model_parameters(self.model, exclude_head=mode == "agc")) if clip and update else []
         if self.scaler:
@@ -226,21 +241,32 @@ class Engine:
                     dispatch_clip_grad(parameters, clip, mode=mode)
                 self.optimizer.step()
         if update:
-            self.optimizer.zero_grad()
-            self.updates += 1
-            if self.ema:
-                self.ema.update(self.model, step=self.updates)
-            self.scheduler.step_update(self.updates)
+            self._end_update(True)
         return loss.detach()
 
-    def _finite(self, loss: Tensor) -> float:
-        value = float(loss)
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss became {value} in epoch {self.epoch + 1} at learning rate {self.lr:.1e}; "
-                "use a lower --lr, more --warmup-epochs or --clip-grad 1"
-            )
-        return value
+    def _end_update(self, done: bool) -> None:
+        self.optimizer.zero_grad()
+        self.updates += 1  # also if it was left out: the schedule follows the images
+        if self.ema and done:
+            self.ema.update(self.model, step=self.updates)
+        self.scheduler.step_update(self.updates)
+
+    def _count_bad(self, value: float, images: Tensor, targets: Tensor) -> None:
+        self.bad_batches += 1
+        limit = self.args.max_bad_batches
+        found = "nan or inf in another process" if math.isfinite(value) else str(value)
+        where = f"the loss became {found} in epoch {self.epoch + 1} at learning rate {self.lr:.1e}"
+        facts = {"epoch": self.epoch + 1, "batch": self.batch_now + 1, "loss": str(value), "lr": self.lr}
+        self.last_bad = LossNotFinite(
+            f"{where}, after {self.bad_batches - 1} batches that were left out (--max-bad-batches {limit}); "
+            "use a lower --lr, more --warmup-epochs or --clip-grad 1",
+            images.detach(),
+            targets.detach(),
+            facts | {"files": self.train_batches.names(self.batch_now)},
+        )
+        if self.bad_batches > limit:
+            raise self.last_bad
+        print(f"\n{where}, batch {self.batch_now + 1}; {self.bad_batches} of at most {limit} left out", flush=True)
 
     @torch.inference_mode()
     def evaluate(self, pause: Callable[[], None] = lambda: None) -> Evaluation:
@@ -291,6 +317,7 @@ class Engine:
             "batch": self.batch,
             "updates": self.updates,
             "images": self.images,
+            "bad_batches": self.bad_batches,
             "epoch_lr": self.epoch_lr,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
@@ -318,6 +345,8 @@ class Engine:
         self.scheduler.step(self.epoch)
         self.scheduler.step_update(self.updates)
         self._begin_epoch()
+        self.bad_batches = state.get("bad_batches", 0)
+        self.data.train.mark_unreadable(state.get("unreadable", []))
         if state.get("batch"):  # between epochs there is nothing more, and old states have no more
             self.batch, self.images, self.epoch_lr = state["batch"], state["images"], state["epoch_lr"]
         own = [state, *state.get("others", [])][self.processes.rank :][:1]

@@ -94,6 +94,12 @@ class TrainLoader(PrefetchLoader):
         if args.reprob and not args.no_aug:
             self.random_erasing = BatchErasing(args, processes)
 
+    def names(self, batch: int) -> list[str]:
+        """What a person calls the pictures of a batch of the present epoch, in this process."""
+        size = self.loader.batch_size or 1
+        order = list(DistributedSampler.__iter__(self.epoch_sampler))
+        return [self.images.source.name(index) for index in order[batch * size : (batch + 1) * size]]
+
     def start_at(self, epoch: int, batch: int) -> None:
         """Make the next iteration go through `epoch` from `batch` on."""
         self.images.set_epoch(epoch)

@@ -1,6 +1,7 @@
-"""The processes of a run, which torchrun started: what each has to know of the others, and how they agree."""
+"""The processes of a run, which torchrun started: what each has to know of the others, how they agree and stop."""
 
 import os
+import signal
 from typing import Any
 
 import torch
@@ -86,3 +87,35 @@ class Processes:
         """Give all processes the first one's running statistics of batch norms: those that are saved."""
         if self.count > 1:
             distribute_bn(model, self.count, reduce=False)
+
+
+class StopSignals:
+    """Notes the first SIGINT or SIGTERM for work that must stop only between steps; the second one is final.
+
+    Use as a context manager around the work.
+
+    Args:
+        patient: Note the second one like the first: torchrun passes on a signal that may have come already.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, patient: bool = False) -> None:
+        self.patient = patient
+        self.received: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {signum: signal.signal(signum, self._receive) for signum in self.SIGNALS}
+        return self
+
+    def _receive(self, signum: int, frame: Any) -> None:
+        self.received = signum
+        if not self.patient:
+            self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()

@@ -34,6 +34,8 @@ class RunFolder:
         self.predictions = path / "predictions.png"
         self.routing = path / "routing.png"
         self.example = path / "example.png"
+        self.unreadable = path / "unreadable.txt"
+        self.bad_batch = path / "bad_batch.safetensors"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
         self.best = self.checkpoints / "best.safetensors"

@@ -21,13 +21,13 @@ import visattn
 
 from . import report
 from .benchmark import hardware
-from .checkpoint import ModelInfo, mismatch, read_header, save_state, save_weights
+from .checkpoint import ModelInfo, mismatch, read_header, save_state, save_tensors, save_weights
 from .cli import Interrupted, UserError
 from .config import config_hash, parse_train_args, saved_config
 from .data import open_data
-from .engine import Engine, StopSignals
-from .files import previous_name
-from .processes import Processes
+from .engine import Engine, LossNotFinite
+from .files import previous_name, write_text
+from .processes import Processes, StopSignals
 from .progress import duration
 from .resume import resumable_state, versions
 from .run_folder import RunFolder
@@ -139,6 +139,7 @@ class _Run:
         self.args, self.folder, self.engine, self.info = args, folder, engine, info
         self.processes = engine.processes
         self.history: list[dict[str, Any]] = []
+        self.unreadable: list[int] = []
 
     @property
     def best(self) -> dict[str, Any]:
@@ -188,6 +189,9 @@ class _Run:
                 self._checkpoint()
                 self._interrupted(interrupted)
                 raise
+            except LossNotFinite as error:
+                path = self._save_bad_batch(error)
+                raise UserError(f"{error}; the batch is in {path}") from None
             except Exception:
                 # A signal to the whole process group kills a loader's worker that has only begun, too, and the loader
                 # may report that first, in many ways, at a place that is between no two updates.
@@ -205,7 +209,8 @@ class _Run:
         signum, due = self.processes.largest(self.stop.received or 0, int(due))
         if signum:
             raise Interrupted(signum)
-        if due:
+        # After an update that was left out the weights may be lost already: keep the checkpoints from before.
+        if due and self.engine.healthy:
             self._checkpoint()
 
     def _stop(self) -> None:
@@ -235,6 +240,7 @@ class _Run:
         self._checkpoint()
         if self.processes.first:
             self.folder.write_summary(self.history)
+        self._list_unreadable()
         rate = (len(engine.train_batches) - first) * self.args.batch_size * self.processes.count / seconds
         self._log("epoch", **row, seconds=round(seconds, 3), images_per_second=round(rate, 1))
         print(
@@ -243,6 +249,26 @@ class _Run:
             f"{rate:.0f} images/s  {duration(seconds)}{'  best' if best else ''}",
             flush=True,
         )
+
+    def _list_unreadable(self) -> None:
+        images, before = self.engine.data.train, self.unreadable
+        images.mark_unreadable([index for one in self.processes.collect(images.unreadable) for index in one])
+        self.unreadable = images.unreadable
+        if self.unreadable == before or not self.processes.first:
+            return
+        names = [images.source.name(index) for index in self.unreadable]
+        write_text(self.folder.unreadable, "".join(f"{name}\n" for name in names))
+        self._log("unreadable", images=names)
+        print(f"{len(names)} training images cannot be read and were replaced: see {self.folder.unreadable}")
+
+    def _save_bad_batch(self, error: LossNotFinite) -> Path:
+        # In torchrun's processes each has its own batch; one of them is the culprit.
+        path = self.folder.bad_batch
+        if self.processes.count > 1:
+            path = path.with_name(f"{path.stem}.{self.processes.rank}{path.suffix}")
+        save_tensors(path, {"images": error.images, "targets": error.targets}, error.facts)
+        self._log("bad_batch", **error.facts)
+        return path
 
     def _checkpoint(self) -> None:
         self._save_weights(self.folder.last)
@@ -273,6 +299,7 @@ class _Run:
                 "others": own[1:],
                 "history": self.history,
                 "class_names": self.info.class_names,
+                "unreadable": self.engine.data.train.unreadable,
                 "train_images": len(self.engine.data.train),
                 "config": saved_config(self.args),
                 "config_hash": config_hash(self.args),
