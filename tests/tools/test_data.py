@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from timm.data import create_transform
+from visattn_tools import training
+from visattn_tools.checkpoint import read_header
 from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
 from visattn_tools.data import Data, Digits, Images, open_data
@@ -125,6 +127,43 @@ def test_bad_folders(flags: Flags, image_folder: Path, spoil: Callable[[Path], N
     spoil(image_folder)
     with pytest.raises(UserError, match=message):
         _open(flags("x"))
+
+
+def test_a_class_map_numbers_the_classes(flags: Flags, tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("red\nyellow\nblue\ngreen\n")
+    data = _open(flags("x", "--class-map", path))
+    assert data.class_names == ["red", "yellow", "blue", "green"], "also a class without images"
+    for images in (data.train, data.test):
+        for i in range(len(images)):
+            assert data.class_names[images[i][1]] == Path(images.source.name(i)).parent.name
+    folder = training.train(parse_train_args(flags("x", "--class-map", path, "--epochs", 1, "--warmup-epochs", 0)))
+    info, shapes = read_header(folder.best)
+    assert info is not None
+    assert (info.class_names, shapes["classifier.bias"]) == (data.class_names, (4,))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("red\nblue\n", r"images/train has classes that --class-map does not name: green"),
+        ("red\nred\n", r"--class-map .*classes.txt: line 2 names red again; expected one class a line"),
+        ("red\n\nblue", r"--class-map .*classes.txt: line 2 is empty"),
+        ("", r"--class-map .*classes.txt is empty"),
+        (None, r"--class-map .*classes.txt: No such file"),
+    ],
+)
+def test_bad_class_maps(flags: Flags, tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "classes.txt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        _open(flags("x", "--class-map", path))
+
+
+def test_the_digits_take_no_class_map() -> None:
+    with pytest.raises(UserError, match=r"--class-map x: the digits have classes of their own"):
+        _open(["--dataset", "digits", "--model", "test_efficientnet", "--class-map", "x"])
 
 
 def test_numbers_that_do_not_suit_the_data(flags: Flags) -> None:

@@ -54,6 +54,7 @@ def train_parser() -> Parser:
     add("--data-dir", metavar="DIR", help="folder that holds a folder per split, which holds a folder per class")
     add("--train-split", default="train", metavar="NAME", help="folder of the training images")
     add("--val-split", default="validation", metavar="NAME", help="folder of the held-out images; val, ... are found")
+    add("--class-map", metavar="FILE", help="class folders in the order of their numbers, one a line; default: sorted")
     add("--num-classes", type=_COUNT, help="checked against the data; default: as the data")
     add(
         "--max-unreadable",

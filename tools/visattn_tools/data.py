@@ -37,11 +37,25 @@ class Source(Protocol):
 
 
 class Folder:
-    """A folder of class folders, through timm's reader."""
+    """A folder of class folders, through timm's reader.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: It.
+        class_names: Names of the classes in the order of their numbers; by default those of the folders, sorted.
+
+    Raises:
+        UserError: A class folder that has none of the names.
+    """
+
+    def __init__(self, folder: Path, class_names: list[str] | None = None) -> None:
         self.reader = create_dataset("", root=str(folder), search_split=False).reader
-        self.class_names = [name for name, _ in sorted(self.reader.class_to_idx.items(), key=lambda item: item[1])]
+        found = [name for name, _ in sorted(self.reader.class_to_idx.items(), key=lambda item: item[1])]
+        self.class_names = class_names or found
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        outside = {name for name in found if name not in numbers}
+        if outside:  # timm would leave their images out
+            raise UserError(f"{folder} has classes that --class-map does not name{_some(':', outside)}")
+        self._numbers = [numbers[name] for name in found]
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -49,7 +63,7 @@ class Folder:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.reader[index]
         with file:
-            return Image.open(file).convert("RGB"), target
+            return Image.open(file).convert("RGB"), self._numbers[target]
 
     def name(self, index: int) -> str:
         return self.reader.filename(index, absolute=True)
@@ -183,15 +197,18 @@ def open_data(args: argparse.Namespace, input_size: tuple[int, int, int]) -> Dat
     """The data that the flags ask for, checked.
 
     Raises:
-        UserError: A folder that is missing, has no class folders or empty ones; splits with other classes; too few
-            images for a batch; ``--num-classes`` that is not the data's.
+        UserError: A folder that is missing, has no class folders, empty ones or some outside ``--class-map``; splits
+            with other classes; too few images for a batch; ``--num-classes`` that is not the data's.
     """
     if args.dataset == "digits":
+        if args.class_map:
+            raise UserError(f"--class-map {args.class_map}: the digits have classes of their own")
         train: Source = Digits(True, input_size[-1])
         test: Source = Digits(False, input_size[-1])
         names, where = Digits.class_names, "the digits"
     else:
-        train, test = (Folder(path) for path in _split_folders(args))
+        class_names = _class_map(Path(args.class_map)) if args.class_map else None
+        train, test = (Folder(path, class_names) for path in _split_folders(args))
         names, where = train.class_names, f"--data-dir {args.data_dir}"
         if names != test.class_names:
             missing, extra = set(names) - set(test.class_names), set(test.class_names) - set(names)
@@ -206,6 +223,22 @@ def open_data(args: argparse.Namespace, input_size: tuple[int, int, int]) -> Dat
         raise UserError(f"--batch-size {args.batch_size}{several} exceeds the {len(train)} training images of {where}")
     # Held-out images are not replaced: the result would be that of another set.
     return Data(Images(train, args.seed, args.max_unreadable), Images(test, args.seed), names)
+
+
+def _class_map(path: Path) -> list[str]:
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class-map {path}: {getattr(error, 'strerror', None) or error}") from None
+    expected, seen = "expected one class a line, as its folder is named", set()
+    for line, name in enumerate(names, 1):
+        if not name or name in seen:
+            what = f"names {name} again" if name else "is empty"
+            raise UserError(f"--class-map {path}: line {line} {what}; {expected}")
+        seen.add(name)
+    if not names:
+        raise UserError(f"--class-map {path} is empty; {expected}")
+    return names
 
 
 def _some(label: str, names: set[str]) -> str:
