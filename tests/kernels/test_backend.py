@@ -11,6 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from visattn_kernels.backend import select_backend
 
 
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch):
+    """The choice as users meet it; what Triton's interpreter changes has a test of its own."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def runs() -> None:
     return None
 
@@ -22,6 +28,19 @@ def refuses() -> str:
 def test_automatic_choice():
     assert select_backend("op", None, runs) == "triton"
     assert select_backend("op", None, refuses) == "reference"
+
+
+def test_the_interpreter_is_never_the_automatic_choice(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert select_backend("op", None, runs) == "reference"
+    assert select_backend("op", "triton", runs) == "triton"
+
+
+def test_the_override_means_plain_torch_where_nothing_is_recomputed():
+    with vk.use_backend("recompute"):
+        assert select_backend("op", None, runs, recompute=False) == "reference"
+    with pytest.raises(ValueError, match="backend='recompute' cannot run op: it has no such kernel"):
+        select_backend("op", "recompute", runs, recompute=False)
 
 
 def test_a_name_never_falls_back():

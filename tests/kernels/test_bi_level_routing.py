@@ -373,7 +373,8 @@ INDICES = torch.zeros(2, 4, 3, dtype=torch.int64)
         ),
     ],
 )
-def test_bad_input(change, error, message):
+def test_bad_input(change, error, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = {"q": Q, "k": Q, "v": Q, "indices": INDICES, "num_regions": 2} | change
     with pytest.raises(error, match=message):
         vk.bi_level_routing_attention(**arguments)

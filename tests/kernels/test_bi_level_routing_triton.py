@@ -229,10 +229,3 @@ def test_too_many_regions_to_route():
     x = torch.zeros(1, 33, 33, 1, 4, device=DEVICE)
     with vk.use_backend("triton"), pytest.raises(ValueError, match="there are 1089 regions, it takes up to 1024"):
         vk.region_routing(x, x, 33, 1)
-
-
-def test_the_interpreter_is_never_the_automatic_choice(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    x = torch.zeros(1, 2, 2, 1, 8)
-    monkeypatch.setitem(vk.bi_level_routing_attention.__globals__["_BACKENDS"], "triton", None)
-    assert vk.bi_level_routing_attention(x, x, x, torch.zeros(1, 1, 1, dtype=torch.int64), 1).shape == x.shape
