@@ -23,6 +23,8 @@ LIVELY += ["--batch-size", "2", "--grad-accum-steps", "2", "--checkpoint-minutes
 def _process(
     arguments: list[str], environment: dict[str, str], at: int, signum: signal.Signals, among: tuple[str, ...]
 ) -> None:
+    # Loaders' workers as of a command: the fork server would be their parent and keep them when this process is killed.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ |= environment
     torch.set_num_threads(1)
     count = 0
