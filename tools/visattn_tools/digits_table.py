@@ -128,9 +128,10 @@ family trains is all this shows; it ranks nothing, and 0.3 % is one digit.
 |---|---|---:|---:|---:|---:|---:|
 {rows}
 
-One run each with the recipe's seed; the head of every recipe gives the accuracies of three seeds. On another processor
-or version, which may round otherwise, a run can end a few digits better or worse. The best epoch is chosen on the same
-held-out digits, which flatters it a little. Parameters include a head of 10 classes. The time, in minutes and seconds,
+One run each with the recipe's seed; the head of every recipe gives the accuracies of three seeds, taken before training
+could stop and go on inside an epoch, which changed the order of the images. On another processor or version, which may
+round otherwise, a run can end a few digits better or worse. The best epoch is chosen on the same held-out digits, which
+flatters it a little. Parameters include a head of 10 classes. The time, in minutes and seconds,
 is that of all epochs with their evaluation, without start-up and pictures, on a machine that had other work as well:
 
 {places}
