@@ -4,13 +4,10 @@ import argparse
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -25,31 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import random_state, set_random_state
 from .cli import UserError
 from .data import Data
+from .evaluation import Evaluation, judge
 from .loaders import TrainLoader, test_loader
 from .objectives import objective_for
 from .processes import Processes
 from .progress import Progress
-
-
-@dataclass
-class Evaluation:
-    """Result of a pass over the held-out images, one entry per image in the order of the dataset.
-
-    Attributes:
-        loss: Mean cross entropy.
-        top1: Per cent right.
-        top5: Per cent with the right class among the five likeliest.
-        targets: (N,) classes.
-        predictions: (N,) likeliest classes.
-        confidences: (N,) their probabilities.
-    """
-
-    loss: float
-    top1: float
-    top5: float
-    targets: np.ndarray
-    predictions: np.ndarray
-    confidences: np.ndarray
 
 
 class LossNotFinite(UserError):
@@ -279,33 +256,19 @@ class Engine:
         self.weights.eval()
         # The average has parameters of its own, which the compiled model does not see; and every process tests alone.
         call = self.weights if self.ema or self.processes.count > 1 else self.call
-        parts: list[tuple[Tensor, ...]] = []
+        parts: list[Tensor] = []
         with Progress("testing", len(self.data.test)) as progress:
             for images, targets in self.test_batches:
                 pause()
                 with self._autocast():
                     logits = call(images.contiguous(memory_format=self.memory_format)).float()
-                confidences, predictions = logits.softmax(1).max(1)
-                # Counted from the target's side: better-ranked classes.
-                rank = (logits > logits.gather(1, targets[:, None])).sum(1)
-                losses = F.cross_entropy(logits, targets, reduction="none")
-                parts.append((losses, rank < 5, targets, predictions, confidences))
+                parts.append(judge(logits, targets))
                 progress.advance(len(images) * self.processes.count)
                 if progress.due():
                     progress.draw()
-        table = self.processes.gather(torch.stack([torch.cat(column).double() for column in zip(*parts)]))
+        table = self.processes.gather(torch.cat(parts, 1))
         # (processes, columns, images) back to the order of the dataset, less the images that were given out twice.
-        columns = table.permute(1, 2, 0).flatten(1)[:, : len(self.data.test)].cpu()
-        losses, top5, confidences = columns[[0, 1, 4]]
-        targets, predictions = columns[2:4].long()
-        return Evaluation(
-            loss=float(losses.mean()),
-            top1=float((predictions == targets).double().mean() * 100),
-            top5=float(top5.mean() * 100),
-            targets=targets.numpy(),
-            predictions=predictions.numpy(),
-            confidences=confidences.numpy(),
-        )
+        return Evaluation.of(table.permute(1, 2, 0).flatten(1)[:, : len(self.data.test)])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on between two updates as if nothing had happened.

@@ -11,7 +11,7 @@ from torch import nn
 
 from .checkpoint import ModelInfo
 from .data import Data
-from .engine import Evaluation
+from .evaluation import Evaluation
 from .files import replacing
 from .routing_picture import draw_routing
 from .run_folder import RunFolder
