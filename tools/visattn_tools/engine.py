@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import random_state, set_random_state
 from .cli import UserError
 from .data import Data
-from .evaluation import Evaluation, judge
+from .evaluation import Evaluation, evaluate
 from .loaders import TrainLoader, test_loader
 from .objectives import objective_for
 from .processes import Processes
@@ -245,7 +245,6 @@ class Engine:
             raise self.last_bad
         print(f"\n{where}, batch {self.batch_now + 1}; {self.bad_batches} of at most {limit} left out", flush=True)
 
-    @torch.inference_mode()
     def evaluate(self, pause: Callable[[], None] = lambda: None) -> Evaluation:
         """Classify all held-out images with :attr:`weights`.
 
@@ -256,19 +255,12 @@ class Engine:
         self.weights.eval()
         # The average has parameters of its own, which the compiled model does not see; and every process tests alone.
         call = self.weights if self.ema or self.processes.count > 1 else self.call
-        parts: list[Tensor] = []
-        with Progress("testing", len(self.data.test)) as progress:
-            for images, targets in self.test_batches:
-                pause()
-                with self._autocast():
-                    logits = call(images.contiguous(memory_format=self.memory_format)).float()
-                parts.append(judge(logits, targets))
-                progress.advance(len(images) * self.processes.count)
-                if progress.due():
-                    progress.draw()
-        table = self.processes.gather(torch.cat(parts, 1))
-        # (processes, columns, images) back to the order of the dataset, less the images that were given out twice.
-        return Evaluation.of(table.permute(1, 2, 0).flatten(1)[:, : len(self.data.test)])
+
+        def classify(images: Tensor) -> Tensor:
+            with self._autocast():
+                return call(images.contiguous(memory_format=self.memory_format))
+
+        return evaluate(classify, self.test_batches, len(self.data.test), self.processes, pause)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on between two updates as if nothing had happened.

@@ -1,5 +1,6 @@
-"""What a classifier made of images: figures of every image, and what they come to."""
+"""What a classifier makes of images: a pass over them, figures of every image, and what they come to."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -7,22 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def judge(logits: Tensor, targets: Tensor) -> Tensor:
-    """The columns of an :class:`Evaluation` for a batch.
-
-    Args:
-        logits: (B, classes).
-        targets: (B,) classes.
-
-    Returns:
-        (5, B) float64, on the device of `logits`.
-    """
-    confidences, predictions = logits.softmax(1).max(1)
-    # Counted from the target's side, which needs no sorting; nan is better than anything, so that it is never right.
-    ranks = (~(logits <= logits.gather(1, targets[:, None]))).sum(1)
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    return torch.stack([column.double() for column in (losses, ranks, targets, predictions, confidences)])
+from .processes import Processes
+from .progress import Progress
 
 
 @dataclass
@@ -33,38 +20,37 @@ class Evaluation:
         losses: (N,) cross entropies.
         ranks: (N,) how many classes the model holds for likelier than the right one.
         targets: (N,) classes.
-        predictions: (N,) likeliest classes.
-        confidences: (N,) their probabilities.
+        confidences: (N,) probabilities of the likeliest classes.
+        top: (N, k) the five likeliest classes, or all if there are fewer, the likeliest first.
     """
 
     losses: np.ndarray
     ranks: np.ndarray
     targets: np.ndarray
-    predictions: np.ndarray
     confidences: np.ndarray
-
-    @classmethod
-    def of(cls, columns: Tensor) -> "Evaluation":
-        """From what :func:`judge` returned for all images, (5, N)."""
-        losses, ranks, targets, predictions, confidences = columns.cpu().numpy()
-        return cls(losses, ranks.astype(int), targets.astype(int), predictions.astype(int), confidences)
+    top: np.ndarray
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def without(self, places: list[int]) -> "Evaluation":
         """All but the images at these places."""
-        return Evaluation(*(np.delete(getattr(self, field.name), places) for field in fields(self)))
+        return Evaluation(*(np.delete(getattr(self, field.name), places, axis=0) for field in fields(self)))
 
     @property
-    def loss(self) -> float:
-        """Mean cross entropy."""
-        return float(self.losses.mean())
+    def predictions(self) -> np.ndarray:
+        """(N,) likeliest classes."""
+        return self.top[:, 0]
 
     @property
     def right(self) -> np.ndarray:
         """(N,) whether the likeliest class is the right one."""
         return self.predictions == self.targets
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy."""
+        return float(self.losses.mean())
 
     @property
     def top1(self) -> float:
@@ -75,3 +61,44 @@ class Evaluation:
     def top5(self) -> float:
         """Per cent with the right class among the five likeliest."""
         return float((self.ranks < 5).mean() * 100)
+
+
+@torch.inference_mode()
+def evaluate(
+    classify: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    count: int,
+    processes: Processes,
+    pause: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Classify images.
+
+    Args:
+        classify: From a batch of images to logits (B, classes).
+        batches: Images and classes, this process's, as :func:`~visattn_tools.loaders.test_loader` deals them out.
+        count: Images of all processes.
+        processes: Those that share the images.
+        pause: Called before every batch. It may raise.
+    """
+    parts: list[Tensor] = []
+    with Progress("testing", count) as progress:
+        for images, targets in batches:
+            pause()
+            parts.append(_judge(classify(images).float(), targets))
+            progress.advance(len(images) * processes.count)
+            if progress.due():
+                progress.draw()
+    # (processes, columns, images) back to the order of the dataset, less the images that were given out twice.
+    table = processes.gather(torch.cat(parts, 1)).permute(1, 2, 0).flatten(1)[:, :count]
+    losses, ranks, targets, confidences, *top = table.cpu().numpy()
+    return Evaluation(losses, ranks.astype(int), targets.astype(int), confidences, np.stack(top, 1).astype(int))
+
+
+def _judge(logits: Tensor, targets: Tensor) -> Tensor:
+    """The columns of an :class:`Evaluation` for a batch, as one tensor."""
+    confidences = logits.softmax(1).amax(1)
+    # Counted from the target's side; written so that nan, which is better than anything, is never right.
+    ranks = (~(logits <= logits.gather(1, targets[:, None]))).sum(1)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    top = logits.topk(min(5, logits.shape[1])).indices
+    return torch.stack([column.double() for column in (losses, ranks, targets, confidences, *top.T)])
