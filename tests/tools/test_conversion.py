@@ -9,10 +9,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from visattn_tools import conversion
 from visattn_tools.checkpoint import load_model, read_header
 from visattn_tools.cli import UserError
+from visattn_tools.tracing import Traced, report
 
 
 class Evil:
@@ -39,13 +40,18 @@ def _convert(source: Path, *more: str) -> Path:
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
 @pytest.mark.parametrize("key", ["", "model", "state_dict"])
-def test_wrappings(tmp_path: Path, state: dict[str, Tensor], prefix: str, key: str) -> None:
+def test_wrappings(
+    tmp_path: Path, state: dict[str, Tensor], prefix: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrapped: dict = {prefix + name: value for name, value in state.items()}
     if prefix.endswith("backbone."):
         wrapped["neck.weight"] = torch.ones(2)
     source = tmp_path / "official.pth"
     torch.save({key: wrapped, "args": argparse.Namespace(lr=1)} if key else wrapped, source)
-    model, info = load_model(_convert(source))
+    target = _convert(source)
+    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    assert f"sha256 {digest}  {target}: {len(state)} weights of test_efficientnet" in capsys.readouterr().out
+    model, info = load_model(target)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert info.source == {"file": "official.pth", "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
     assert info.num_classes == 5
@@ -111,11 +117,65 @@ def test_dry_run_reports_every_key_and_writes_nothing(
     output = capsys.readouterr().out
     for name in state:
         assert f"-> {name} " in output
-    assert "mapped    module.classifier.weight -> classifier.weight (5, " in output
+    shape = tuple(state["classifier.weight"].shape)
+    assert f"renamed   module.classifier.weight {shape} -> classifier.weight {shape}\n" in output
+    assert f"\n{len(state)} renamed\n" in output
     assert hashlib.sha256(source.read_bytes()).hexdigest() in output
 
 
-def test_what_does_not_fit_is_reported(
+class Halves(nn.Module):
+    """A model whose published files hold its first weight in halves, transposed, and more that it has no use for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6, bias=False), nn.Linear(6, 2, bias=False)
+        self.bias = nn.Parameter(torch.zeros(2))
+        self.register_buffer("table", torch.zeros(3, 3))
+        self.register_buffer("made", torch.ones(2))
+
+
+def _from_halves(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    grid = nn.functional.interpolate(state["grid"][None, None].float(), size=(3, 3))[0, 0]
+    both = state["both"].T
+    return {
+        "first.weight": torch.cat([state["top"], state["bottom"]]).contiguous(),
+        "second.weight": both.contiguous(),
+        "bias": both[:, 0],
+        "table": grid,
+        "made": torch.ones(2),
+        "odd": state["odd"],
+    }
+
+
+def test_every_way_of_a_weight_is_followed() -> None:
+    halves = {"top": torch.rand(3, 4), "bottom": torch.rand(3, 4), "both": torch.rand(6, 2), "odd": torch.rand(1)}
+    halves |= {"grid": torch.rand(2, 2).half(), "optimizer": torch.rand(5)}
+    converted = _from_halves({name: Traced.named(value, name) for name, value in halves.items()})
+    assert report(halves, converted, Halves()).splitlines() == [
+        "joined    top (3, 4) + bottom (3, 4) -> first.weight (6, 4)",
+        "reordered both (6, 2) -> second.weight (2, 6)",
+        "split     both (6, 2) -> bias (2,)",
+        "resized   grid (2, 2) -> table (3, 3)",
+        "made      - -> made (2,)",
+        "unknown   odd (1,) -> odd (1,)",
+        "dropped   optimizer (5,) -> -",
+        "1 joined, 1 reordered, 1 split, 1 resized, 1 made, 1 unknown, 1 dropped",
+    ]
+
+
+def test_the_average_of_a_file_that_has_both(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    average = {name: value + 1 for name, value in state.items()}
+    source = tmp_path / "official.pth"
+    torch.save({"model": state, "model_ema": average}, source)
+    for flags, expected in (((), state), (("--use-ema",), average)):
+        model, _ = load_model(_convert(source, *flags))
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    torch.save({"model": state}, source)
+    with pytest.raises(UserError, match=r"--use-ema: .*official.pth has no averaged weights \(model_ema, "):
+        _convert(source, "--use-ema")
+
+
+def test_a_refused_file_is_described_in_a_line(
     tmp_path: Path, state: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     state["extra"] = torch.ones(3)
@@ -123,25 +183,39 @@ def test_what_does_not_fit_is_reported(
     del state["conv_stem.weight"]
     source = tmp_path / "official.pth"
     torch.save(state, source)
-    with pytest.raises(UserError, match=r"fit test_efficientnet with 5 classes: 1 missing \(conv_stem.weight\)"):
+    reason = r"fit test_efficientnet with 5 classes: 1 missing \(conv_stem.weight\); 1 unknown \(extra\); 1 of another"
+    with pytest.raises(UserError, match=reason + r".*; --dry-run shows every key"):
         _convert(source)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    with pytest.raises(UserError, match=reason):
+        _convert(source, "--dry-run")
     output = capsys.readouterr().out
-    assert "missing   conv_stem.weight" in output
-    assert "unknown   extra -> extra (3,)" in output
-    assert "shape     classifier.bias -> classifier.bias (9,), not (5,)" in output
+    assert "missing   - -> conv_stem.weight (" in output
+    assert "unknown   extra (3,) -> extra (3,)" in output
+    assert "misfit    classifier.bias (9,) -> classifier.bias (9,), not (5,)" in output
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_another_number_of_classes_is_named(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    source, target = tmp_path / "official.pth", tmp_path / "out.safetensors"
+    torch.save(state, source)
+    with pytest.raises(UserError, match=r"its classifier has 5 classes: give --num-classes 5"):
+        conversion.main([str(source), str(target), "--model", "test_efficientnet"])
+    torch.save({name: value for name, value in state.items() if not name.startswith("classifier.")}, source)
+    with pytest.raises(UserError, match=r"its classifier has 0 classes: give --num-classes 0"):
+        conversion.main([str(source), str(target), "--model", "test_efficientnet"])
 
 
 @pytest.mark.parametrize("name", ["official.pth", "official.safetensors"])
 def test_damaged_files(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PK\x03\x04 this is not a checkpoint" * 3)
-    with pytest.raises(UserError, match=rf"SRC .*{name} is damaged or no"):
+    with pytest.raises(UserError, match=rf"{name} is damaged or no"):
         _convert(tmp_path / name)
 
 
 def test_bad_arguments(tmp_path: Path, state: dict[str, Tensor]) -> None:
     source = tmp_path / "official.pth"
-    with pytest.raises(UserError, match=r"SRC .*official.pth: no such file"):
+    with pytest.raises(UserError, match=r"official.pth: no such file"):
         _convert(source)
     torch.save({"weights": state, "epoch": 3}, source)
     with pytest.raises(UserError, match=r"holds no weights; choose the entry by --key"):

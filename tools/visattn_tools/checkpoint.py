@@ -97,6 +97,24 @@ def mismatch(shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> str:
     )
 
 
+def described(
+    path: Path, info: ModelInfo | None, name: str | None, num_classes: int | None, model_args: dict[str, Any] | None
+) -> ModelInfo:
+    """What the weights in `path` are of: as the file says in `info`, or else, and before all, as the user says.
+
+    Raises:
+        UserError: Nobody says.
+    """
+    if info is None or (name and name != info.architecture):
+        if not name:
+            raise UserError(f"{path} does not say which model it is; give --model and --num-classes")
+        info = ModelInfo(name, num_classes or 1000)
+    check_model_name(info.architecture)
+    info.num_classes = num_classes or info.num_classes
+    info.model_args |= model_args or {}
+    return info
+
+
 def load_model(
     path: Path, name: str | None = None, num_classes: int | None = None, model_args: dict[str, Any] | None = None
 ) -> tuple[nn.Module, ModelInfo]:
@@ -112,13 +130,7 @@ def load_model(
         UserError: The file is missing, damaged, does not say what it is, or is of another model.
     """
     info, shapes = read_header(path)
-    if info is None or (name and name != info.architecture):
-        if not name:
-            raise UserError(f"{path} does not say which model it is; give --model and --num-classes")
-        info = ModelInfo(name, num_classes or 1000)
-    check_model_name(info.architecture)
-    info.num_classes = num_classes or info.num_classes
-    info.model_args |= model_args or {}
+    info = described(path, info, name, num_classes, model_args)
     kwargs = {"num_classes": info.num_classes, **info.model_args}
     try:
         model = timm.create_model(info.architecture, checkpoint_path=str(path), **kwargs)

@@ -19,9 +19,11 @@ from .checkpoint import ModelInfo, mismatch, save_weights
 from .cli import Parser, UserError, number
 from .config import check_model_name
 from .files import sha256
+from .tracing import Traced, report
 
-KEYS = ("model", "state_dict", "model_ema", "state_dict_ema")
-PREFIXES = ("module.", "backbone.")
+EMA_KEYS = ("model_ema", "state_dict_ema", "ema")
+KEYS = ("model", "state_dict", *EMA_KEYS)
+PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
 
 def convert_parser() -> Parser:
@@ -34,6 +36,7 @@ def convert_parser() -> Parser:
     add("--num-classes", type=number(int, 0), help="classes of the file's head, 0 for none; default: the model's")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments of the model")
     add("--key", help=f"entry that holds the weights; default: the first of {', '.join(KEYS)}, or the file itself")
+    add("--use-ema", action="store_true", help=f"take the averaged weights: the first of {', '.join(EMA_KEYS)}")
     add("--allow-pickle", action="store_true", help="run the code in the file; only if you trust where it comes from")
     add("--dry-run", action="store_true", help="report every key and write nothing")
     return parser
@@ -50,23 +53,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     payload = read_payload(args.source, args.allow_pickle)
     digest = sha256(args.source)
     print(f"sha256 {digest}  {args.source}")
-    weights = select_weights(payload, args.key, args.source)
-    kwargs = args.model_kwargs if args.num_classes is None else {"num_classes": args.num_classes, **args.model_kwargs}
-    try:
-        model: Any = timm.create_model(args.model, **kwargs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--model {args.model}: {error}") from error
+    key = ema_key(payload, args.source) if args.use_ema else args.key
+    weights = select_weights(payload, key, args.source)
+    model: Any = create(args.model, args.num_classes, args.model_kwargs)
     num_classes = model.num_classes
-    converted = convert(weights, model)
-    problem = mismatch({key: tuple(value.shape) for key, value in converted.items()}, model)
-    if problem or args.dry_run:
+    converted = convert({name: Traced.named(value, name) for name, value in weights.items()}, model)
+    if args.dry_run:
         print(report(weights, converted, model))
+    problem = mismatch({name: tuple(value.shape) for name, value in converted.items()}, model)
     if problem:
-        raise UserError(f"{args.source} does not fit {args.model} with {num_classes} classes: {problem}")
+        raise UserError(
+            f"{args.source} does not fit {args.model} with {num_classes} classes: {problem}"
+            f"{_other_head(converted, model)}{'' if args.dry_run else '; --dry-run shows every key'}"
+        )
     if args.dry_run:
         print(f"all {len(converted)} weights fit {args.model}; nothing written")
         return
-    model.load_state_dict(converted)  # strict; casts to the model's dtypes
+    model.load_state_dict({name: value.as_subclass(Tensor) for name, value in converted.items()})  # casts, too
     info = ModelInfo(
         args.model,
         num_classes,
@@ -75,7 +78,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         source={"file": args.source.name, "sha256": digest},
     )
     save_weights(args.target, model.state_dict(), info)
-    print(f"wrote {args.target}: {len(converted)} weights of {args.model}")
+    print(f"sha256 {sha256(args.target)}  {args.target}: {len(converted)} weights of {args.model}")
+
+
+def create(name: str, num_classes: int | None, model_args: dict[str, Any]) -> nn.Module:
+    """A model without weights, by default with as many classes as it has by itself.
+
+    Raises:
+        UserError: It does not take these arguments.
+    """
+    kwargs = model_args if num_classes is None else {"num_classes": num_classes, **model_args}
+    try:
+        return timm.create_model(name, **kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--model {name}: {error}") from error
+
+
+def _other_head(converted: Mapping[str, Tensor], model: Any) -> str:
+    """A hint, if nothing but the number of classes is wrong."""
+    head = (model.pretrained_cfg or {}).get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
+    shapes, wanted = ({k: v.shape for k, v in state.items()} for state in (converted, model.state_dict()))
+    wrong = [name for name in shapes | wanted if shapes.get(name) != wanted.get(name)]
+    if not all(name.startswith(heads) for name in wrong):
+        return ""
+    classes = next((shape[0] for name, shape in shapes.items() if name.startswith(heads)), 0)
+    return f"; its classifier has {classes} classes: give --num-classes {classes}"
 
 
 def read_payload(path: Path, allow_pickle: bool = False) -> Any:
@@ -85,21 +113,21 @@ def read_payload(path: Path, allow_pickle: bool = False) -> Any:
         UserError: No such file, a damaged one, or one that needs `allow_pickle`; the message lists what was blocked.
     """
     if not path.is_file():
-        raise UserError(f"SRC {path}: no such file")
+        raise UserError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"SRC {path} is damaged or no safetensors file: {error}") from None
+            raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
     try:
         with training_arguments_allowed():
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except Exception as error:  # zip, pickle, end of file, ...
         blocked = [] if allow_pickle else _blocked(path, error)
         if not blocked:
-            raise UserError(f"SRC {path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
         raise UserError(
-            f"SRC {path} holds more than weights; blocked: {', '.join(blocked)}. "
+            f"{path} holds more than weights; blocked: {', '.join(blocked)}. "
             "Loading it runs code from the file: --allow-pickle is the only door, and means that you trust the file"
         ) from None
 
@@ -126,8 +154,20 @@ def select_weights(payload: Any, key: str | None, path: Path) -> dict[str, Any]:
     found = key or next((name for name in KEYS if name in entries and isinstance(payload[name], Mapping)), None)
     weights = payload[found] if found else payload
     if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"SRC {path} holds no weights{f' under {found!r}' if found else ''}; choose the entry by --key")
+        raise UserError(f"{path} holds no weights{f' under {found!r}' if found else ''}; choose the entry by --key")
     return {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+
+
+def ema_key(payload: Any, path: Path) -> str:
+    """The entry of a checkpoint that holds averaged weights.
+
+    Raises:
+        UserError: It has none.
+    """
+    key = next((key for key in EMA_KEYS if isinstance(payload, Mapping) and payload.get(key) is not None), None)
+    if key is None:
+        raise UserError(f"--use-ema: {path} has no averaged weights ({', '.join(EMA_KEYS)})")
+    return key
 
 
 def convert(weights: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -155,23 +195,3 @@ def _filtered(filter_fn: Any, weights: dict[str, Any], model: nn.Module) -> dict
         if name.endswith(".num_batches_tracked") and name not in converted:
             converted[name] = torch.zeros_like(value)
     return converted
-
-
-def report(weights: Mapping[str, Tensor], converted: Mapping[str, Tensor], model: nn.Module) -> str:
-    """A line per key: where it goes, what is missing, unknown or of another shape."""
-    wanted = model.state_dict()
-    origin = {value.data_ptr(): name for name, value in weights.items() if value.numel()}
-    lines = []
-    for name, value in converted.items():
-        source = origin.pop(value.data_ptr(), None) or "(made)"
-        shape = tuple(value.shape)
-        if name not in wanted:
-            lines.append(f"unknown   {source} -> {name} {shape}")
-        elif shape != tuple(wanted[name].shape):
-            lines.append(f"shape     {source} -> {name} {shape}, not {tuple(wanted[name].shape)}")
-        else:
-            lines.append(f"mapped    {source} -> {name} {shape}")
-    lines += [f"missing   {name} {tuple(wanted[name].shape)}" for name in wanted if name not in converted]
-    # A filter that splits or joins weights makes new tensors: their sources look unused.
-    lines += [f"unused    {name}" for name in origin.values()]
-    return "\n".join(lines)
