@@ -1,10 +1,12 @@
 """Public function of halo attention: validation and choice of backend."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import select_backend
 from ..checks import check_map, check_same
+from ..neighborhood.fused import why_not_triton, windowed_attention
 from . import reference
 
 
@@ -30,10 +32,6 @@ def _check_tables(q: Tensor, window: int, **tables: Tensor) -> None:
                 f"{name} has shape {tuple(table.shape)}; expected (2 * window - 1, dim) = {(2 * window - 1, dim)}, or "
                 f"both tables of width dim / 2 = {dim / 2:g}, for windows of {window} pixels"
             )
-
-
-def _why_not_triton() -> str | None:
-    return "this version has no Triton kernel for it"
 
 
 def halo_attention(
@@ -116,10 +114,33 @@ def _checked_attention(  # type: ignore[no-untyped-def]
         raise ValueError(f"v has shape {tuple(v.shape)}; expected batch, map and heads of k, {tuple(k.shape)}")
     _check_tables(q, block_size + 2 * halo_size, height_rel=height_rel, width_rel=width_rel)
     scale = dim**-0.5 if scale is None else scale
-    if select_backend("halo_attention", backend, _why_not_triton) == "recompute":
-        raise ValueError(
-            "backend='recompute' cannot run halo_attention: it has no such kernel; use None or 'reference'"
-        )
-    return reference.halo_attention(
+    name = select_backend("halo_attention", backend, lambda: why_not_triton(q, k, v, scale), recompute=False)
+    return _BACKENDS[name](
         q, k, v, height_rel, width_rel, block_size, halo_size, stride, pixel_offsets, scale, mask_outside
     )
+
+
+def _position_terms(q: Tensor, height_rel: Tensor, width_rel: Tensor) -> Tensor:
+    """Products of queries and all embeddings, (B, H, W, heads, 2 * (2 * window - 1)), those of the height first."""
+    dim, half = q.shape[-1], height_rel.shape[1]
+    height, width = height_rel.to(q.dtype), width_rel.to(q.dtype)
+    if half < dim:
+        height, width = F.pad(height, (0, dim - half)), F.pad(width, (dim - half, 0))
+    return q @ torch.cat([height, width]).t()
+
+
+def _triton_attention(  # type: ignore[no-untyped-def]
+    q, k, v, height_rel, width_rel, block_size, halo_size, stride, pixel_offsets, scale, mask_outside
+):
+    def both(n: int) -> list[int]:
+        return [n, n]
+
+    rel = _position_terms(q, height_rel, width_rel)
+    return windowed_attention(
+        q, k, v, None, None, None, None, None, rel, both(block_size + 2 * halo_size), both(block_size // stride),
+        both(block_size), both(halo_size), [1, 1], [False, False], False, mask_outside, stride if pixel_offsets else 1,
+        scale,
+    )[0]  # fmt: skip
+
+
+_BACKENDS = {"reference": reference.halo_attention, "triton": _triton_attention}

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..backend import select_backend
 from ..checks import check_same
 from . import reference
+from .fused import why_not_triton, windowed_attention
 from .ops import recompute_attention
 
 if TYPE_CHECKING:
@@ -125,13 +126,18 @@ def neighborhood_attention(
         )  # fmt: skip
 
 
-def _why_not_triton() -> str | None:
-    return "this version has no Triton kernel for it"
+def _triton_attention(q, k, v, bias, ak, av, pad_k, pad_v, sizes, strides, dilations, causal, scale, with_lse):  # type: ignore[no-untyped-def]
+    steps, offsets = [1] * len(sizes), [0] * len(sizes)
+    return windowed_attention(
+        q, k, v, bias, ak, av, pad_k, pad_v, None, sizes, strides, steps, offsets, dilations, causal, True, False, 1,
+        scale, with_lse=with_lse,
+    )  # fmt: skip
 
 
 _BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference.neighborhood_attention,
     "recompute": recompute_attention,
+    "triton": _triton_attention,
 }
 
 
@@ -162,7 +168,10 @@ def _checked_attention(  # type: ignore[no-untyped-def]
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
         raise TypeError(f"scale={scale!r} must be a number or None")
     factor = float(scale) if scale else q.shape[-1] ** -0.5
-    run = _BACKENDS[select_backend("neighborhood_attention", backend, _why_not_triton, fallback="recompute")]
+    name = select_backend(
+        "neighborhood_attention", backend, lambda: why_not_triton(q, k, v, factor), fallback="recompute"
+    )
+    run = _BACKENDS[name]
     out, lse = run(
         q, k, v, rel_pos_bias, additional_keys, additional_values, pad_k, pad_v, sizes, strides, dilations, causal,
         factor, return_lse,

@@ -5,11 +5,8 @@ from torch import Tensor
 
 from ..backend import select_backend
 from ..checks import check_map, check_pad, check_same, to_pair
+from ..neighborhood.fused import why_not_triton, windowed_attention
 from . import reference
-
-
-def _why_not_triton() -> str | None:
-    return "this version has no Triton kernel for it"
 
 
 def window_attention(
@@ -66,5 +63,20 @@ def _checked_attention(q, k, v, window_size, pad_k, pad_v, scale, backend) -> Te
     check_pad(pad_v, v, "pad_v")
     size = to_pair(window_size, "window_size")
     scale = q.shape[4] ** -0.5 if scale is None else scale
-    select_backend("window_attention", backend, _why_not_triton, recompute=False)  # refuses what is not there
-    return reference.window_attention(q, k, v, size, pad_k, pad_v, scale)
+    name = select_backend("window_attention", backend, lambda: why_not_triton(q, k, v, scale), recompute=False)
+    return _BACKENDS[name](q, k, v, size, pad_k, pad_v, scale)
+
+
+def _triton_attention(q, k, v, size, pad_k, pad_v, scale):  # type: ignore[no-untyped-def]
+    if pad_k is None and pad_v is not None:
+        pad_k = k.new_zeros(k.shape[3:])
+    if pad_v is None and pad_k is not None:
+        pad_v = v.new_zeros(v.shape[3:])
+    no_halo, no_dilation, causal = [0, 0], [1, 1], [False, False]
+    return windowed_attention(
+        q, k, v, None, None, None, pad_k, pad_v, None, size, size, size, no_halo, no_dilation, causal, False, False, 1,
+        scale,
+    )[0]  # fmt: skip
+
+
+_BACKENDS = {"reference": reference.window_attention, "triton": _triton_attention}

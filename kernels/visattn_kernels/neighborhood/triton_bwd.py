@@ -1,0 +1,253 @@
+"""Fused backward of windowed attention, without float atomics: bit-identical from run to run.
+
+Gradients of queries walk over the box of keys, as the forward does. Those of keys and values are in
+``triton_bwd_keys``, those of biases and of additional keys in ``triton_bwd_shared``.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_support import Launch, dot_precision, meta
+from ..triton_tiles import LOG2E, load_tokens
+from .triton_bwd_keys import na_bwd_dkv_kernel
+from .triton_bwd_shared import bias_gradient, extra_gradients
+from .triton_fwd import (
+    HIDDEN,
+    axis_of_tile,
+    on_map,
+    pairs_of,
+    places_of,
+    prepare,
+    rel_entry,
+    shared_constants,
+    strides_of,
+    three_axes,
+    token_of_box,
+)
+from .triton_tiling import Windows, key_tiling, query_tiling
+
+
+@triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
+                               "heads", "group", "extra"])  # fmt: skip
+def na_bwd_dq_kernel(
+    g, q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, places, out, lse, grad_lse, delta, dq, drel,
+    g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, scale_log2, scale, inv_scale,
+    HAS_GRAD_LSE: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
+    OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
+    CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
+    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
+    FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a box of queries and of their position terms; also writes delta, the product of output and its
+    gradient less the gradient of the log-sum-exp, per query."""
+    pid = tl.program_id(0)
+    head = pid % heads
+    pid = pid // heads
+    c2 = pid % C2
+    pid = pid // C2
+    c1 = pid % C1
+    pid = pid // C1
+    c0 = pid % C0
+    b = (pid // C0).to(tl.int64)
+    kv_head = head // group
+
+    m = tl.arange(0, BLOCK_M)
+    g0, p0, y0, first0, stop0, start0, w0 = axis_of_tile(
+        c0, N0, D0, Q0, L0, m // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED
+    )
+    g1, p1, y1, first1, stop1, start1, w1 = axis_of_tile(
+        c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED
+    )
+    g2, p2, y2, first2, stop2, start2, w2 = axis_of_tile(
+        c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED
+    )
+    there = (y0 < Q0) & (y1 < Q1) & (y2 < Q2) & (m < T0 * T1 * T2)
+    queries = load_tokens(
+        q + b * q_b + head * q_h, y0 * q_0 + y1 * q_1 + y2 * q_2, there, there, q, DIM, BLOCK_D, False, False
+    )
+    grads = load_tokens(
+        g + b * g_b + head * g_h, y0 * g_0 + y1 * g_1 + y2 * g_2, there, there, g, DIM_V, BLOCK_DV, False, False
+    )
+    at = (((b * Q0 + y0) * Q1 + y1) * Q2 + y2) * heads + head
+    outs = load_tokens(out, at * DIM_V, there, there, out, DIM_V, BLOCK_DV, False, False)
+    row_delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        row_delta -= tl.load(grad_lse + at, mask=there, other=0.0)
+    tl.store(delta + at, row_delta, mask=there)
+    row_lse = tl.load(lse + at, mask=there, other=float("inf")) * 1.4426950408889634
+    if HAS_REL:
+        entry, exists = rel_entry(p1, p2, K1, S1, S2, REL_STEP, BLOCK_E)
+        exists = exists & there[:, None]
+        terms = tl.load(rel + at[:, None] * (4 * K1 - 2) + entry, mask=exists, other=0.0).to(tl.float32)
+        terms = (terms * inv_scale).to(queries.dtype)
+        acc_terms = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    entry_m = ((p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1) * (2 * K2 - 1) + p2 - K2 + 1
+    table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
+
+    k_base, v_base = k + b * k_b + kv_head * k_h, v + b * v_b + kv_head * v_h
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for i in range(0, tl.cdiv(w0 * w1 * w2, BLOCK_N)):
+        t0, t1, t2, wanted = token_of_box(i, start0, start1, start2, w0, w1, w2, BLOCK_N)
+        ky0, ky1, ky2 = g0 + D0 * t0, g1 + D1 * t1, g2 + D2 * t2
+        inside = on_map(ky0, ky1, ky2, L0, L1, L2, CLAMPED)
+        if MASK_OUTSIDE:
+            wanted = wanted & inside
+        rows_k = load_tokens(
+            k_base, ky0 * k_0 + ky1 * k_1 + ky2 * k_2, inside, wanted, pad_k + kv_head * DIM, DIM, BLOCK_D, False,
+            HAS_PAD,
+        )  # fmt: skip
+        rows_v = load_tokens(
+            v_base, ky0 * v_0 + ky1 * v_1 + ky2 * v_2, inside, wanted, pad_v + kv_head * DIM_V, DIM_V, BLOCK_DV, False,
+            HAS_PAD,
+        )  # fmt: skip
+        s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION)
+        if HAS_REL:
+            e = tl.arange(0, BLOCK_E)
+            j = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            ones = tl.load(places + j[:, None] * BLOCK_E + e[None, :])
+            s = tl.dot(terms, tl.trans(ones), s, input_precision=PRECISION)
+        dp = tl.dot(grads, tl.trans(rows_v), input_precision=PRECISION)
+        seen = pairs_of(
+            wanted[None, :], t0[None, :], t1[None, :], t2[None, :], first0[:, None], stop0[:, None], first1[:, None],
+            stop1[:, None], first2[:, None], stop2[:, None], FULL0, FULL1, FULL2,
+        )  # fmt: skip
+        if HAS_BIAS:
+            entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
+            entry_mn = entry_n[None, :] - entry_m[:, None]
+            s = s * scale_log2 + tl.load(table + entry_mn, mask=seen & there[:, None], other=HIDDEN)
+        else:
+            s = tl.where(seen, s * scale_log2, HIDDEN)
+        p = tl.exp2(s - row_lse[:, None])
+        ds = (p * (dp - row_delta[:, None])).to(rows_k.dtype)
+        acc = tl.dot(ds, rows_k, acc, input_precision=PRECISION)
+        if HAS_REL:
+            acc_terms = tl.dot(ds, ones, acc_terms, input_precision=PRECISION)
+    if HAS_EXTRA:
+        kv_row = (b * (heads // group) + kv_head) * extra
+        for i in range(0, tl.cdiv(extra, BLOCK_N)):
+            j = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            rows_k = load_tokens(extra_k, (kv_row + j) * DIM, j < extra, j < extra, q, DIM, BLOCK_D, False, False)
+            rows_v = load_tokens(extra_v, (kv_row + j) * DIM_V, j < extra, j < extra, q, DIM_V, BLOCK_DV, False, False)
+            s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION) * scale_log2
+            dp = tl.dot(grads, tl.trans(rows_v), input_precision=PRECISION)
+            p = tl.where((j < extra)[None, :], tl.exp2(s - row_lse[:, None]), 0.0)
+            ds = (p * (dp - row_delta[:, None])).to(rows_k.dtype)
+            acc = tl.dot(ds, rows_k, acc, input_precision=PRECISION)
+
+    d = tl.arange(0, BLOCK_D)
+    tl.store(
+        dq + at[:, None] * DIM + d[None, :],
+        (acc * scale).to(dq.dtype.element_ty),
+        mask=there[:, None] & (d < DIM)[None, :],
+    )
+    if HAS_REL:
+        tl.store(drel + at[:, None] * (4 * K1 - 2) + entry, acc_terms.to(drel.dtype.element_ty), mask=exists)
+
+
+class Plan(NamedTuple):
+    """The launches of queries' and of keys' gradients."""
+
+    dq: Launch
+    dkv: Launch
+
+
+@functools.lru_cache(4096)
+def plan(
+    g: Any, q: Any, k: Any, v: Any, bias: Any, extra: Any, pad: Any, rel: Any, grad_lse: bool, windows: Windows,
+    scale: float, precision: str,
+) -> Plan:  # fmt: skip
+    """The launches for arguments of these shapes, strides and dtypes."""
+    B, *q_grid, heads, dim = q[0]
+    grid, kv_heads, dim_v = k[0][1:4], k[0][4], v[0][-1]
+    strides = (*strides_of(g), *strides_of(q), *strides_of(k), *strides_of(v))
+    maps = (*q_grid, *grid, *windows.dilation)
+    factors = (scale * LOG2E, scale, 1 / scale)
+    shared = shared_constants(
+        windows, q, v, precision, bias=bias is not None, extra=extra is not None, pad=pad is not None,
+        rel=rel is not None,
+    )  # fmt: skip
+    way = query_tiling(tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None)
+    dq = Launch(
+        na_bwd_dq_kernel, B * way.programs * heads,
+        (*strides, *maps, *way.counts, *way.tiles, heads, heads // kv_heads, 0 if extra is None else extra[0][2],
+         *factors),
+        {"HAS_GRAD_LSE": grad_lse} | shared | way.constants(), way.warps, min(2, way.stages),
+    )  # fmt: skip
+    keys = key_tiling(tuple(grid), windows, max(dim, dim_v), q[2].itemsize, pad is not None)
+    dkv = Launch(
+        na_bwd_dkv_kernel, B * keys.programs * kv_heads,
+        (*strides, *maps, *keys.counts, *keys.tiles, heads, heads // kv_heads, *factors),
+        shared | keys.constants(of_keys=True), keys.warps, keys.stages,
+    )  # fmt: skip
+    return Plan(dq, dkv)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    rel: Tensor | None,
+    windows: Windows,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel; an empty tensor for each that was not given."""
+    given = (bias, extra_k, extra_v, pad_k, pad_v, rel)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if q.numel() == 0:
+        return dq, dk, dv, *(q.new_empty(0) if x is None else torch.zeros_like(x) for x in given)
+    g, q, k, v = (three_axes(x) for x in (grad_out, q, k, v))
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    optional = prepare(*given, windows, k)
+    run = plan(
+        meta(g), meta(q), meta(k), meta(v), meta(optional[0]), meta(optional[1]), meta(optional[3]), meta(optional[5]),
+        grad_lse is not None, windows, scale, dot_precision(q.dtype),
+    )  # fmt: skip
+    places = q if rel is None else places_of(windows.kernel_size[1], q.dtype, q.device)
+    filled = [q if x is None else x for x in optional]
+    delta = torch.empty_like(lse)
+    drel = q.new_empty(0) if rel is None else torch.zeros(rel.shape, dtype=rel.dtype, device=rel.device)
+    run.dq(g, q, k, v, *filled, places, out, lse, lse if grad_lse is None else grad_lse, delta, dq, drel)
+
+    sums = [
+        None if x is None else torch.empty(run.dkv.programs, x.shape[-1], dtype=torch.float32, device=q.device)
+        for x in optional[3:5]
+    ]
+    run.dkv(
+        g, q, k, v, filled[0], *filled[3:6], places, lse, delta, dk, dv, *(q if x is None else x for x in sums)
+    )  # fmt: skip
+    pads = [
+        q.new_empty(0) if x is None
+        else torch.zeros_like(x) if s is None
+        else s.reshape(-1, *x.shape).sum(0).to(x.dtype)
+        for x, s in zip((pad_k, pad_v), sums)
+    ]  # fmt: skip
+    tensors = (g, q, k, v, *filled, lse, delta)
+    dbias = q.new_empty(0) if bias is None else bias_gradient(*tensors, bias, optional, windows, scale)
+    if extra_k is None or extra_v is None:
+        dextra = (q.new_empty(0), q.new_empty(0))
+    elif optional[1] is None or optional[2] is None:
+        dextra = (torch.zeros_like(extra_k), torch.zeros_like(extra_v))
+    else:
+        dextra = extra_gradients(g, q, optional[1], optional[2], lse, delta, scale)
+    return dq, dk, dv, dbias, *dextra, *pads, drel

@@ -1,0 +1,174 @@
+"""Gradients of keys and values of windowed attention, over the queries whose windows hold a key of the tile.
+
+For clamped windows these are the box of the inverse windows, for free ones they come block by block.
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_tiles import load_tokens
+from .triton_fwd import HIDDEN, members_of, on_map, pairs_of, rel_entry, token_of_box, window_of
+
+
+@triton.jit
+def readers_of(low, high, n, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
+    """First query of a group of `n` tokens whose clamped window reaches keys `low` to `high`, and the one after the
+    last."""
+    if CAUSAL:
+        first = low
+        stop = tl.where(high + K >= n, n, (high + K) // S * S)
+        if S == 1:
+            stop = tl.minimum(high + K, n)
+    else:
+        left: tl.constexpr = K // 2
+        right: tl.constexpr = K - 1 - K // 2
+        shift: tl.constexpr = S - S // 2 - 1
+        first = tl.where(low < K, 0, (low - right + shift) // S * S)
+        stop = tl.where(high >= n - K, n, tl.minimum((high + left + shift + 1) // S * S, n))
+    return first, stop
+
+
+@triton.jit
+def axis_of_keys(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
+                 STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CLAMPED: tl.constexpr):  # fmt: skip
+    """One axis of tile `c` of keys: its group, size of the group, positions, and the first query or, for free windows,
+    the first block of queries that sees it, and how many do."""
+    group = c // tiles
+    low = (c - group * tiles) * T
+    n = tl.maximum(members_of(group, length, dilation), K)
+    if CLAMPED:
+        high = tl.minimum(low + T, n) - 1
+        first, stop = readers_of(low, high, n, K, S, CAUSAL)
+        count = tl.minimum(stop, members_of(group, q_length, dilation)) - first
+        count = tl.where(high < low, 0, tl.maximum(count, 0))
+    else:
+        low -= OFFSET
+        blocks = (q_length + S - 1) // S
+        first = tl.maximum(low + OFFSET - K + STEP, 0) // STEP
+        count = tl.maximum(tl.minimum((low + T - 1 + OFFSET) // STEP + 1, blocks) - first, 0)
+    return group, n, low + local, first, count
+
+
+@triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
+                               "heads", "group"])  # fmt: skip
+def na_bwd_dkv_kernel(
+    g, q, k, v, bias, pad_k, pad_v, rel, places, lse, delta, dk, dv, dpad_k, dpad_v,
+    g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, scale_log2, scale, inv_scale,
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
+    OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
+    CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
+    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
+    FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a box of keys and values, over the queries that see them."""
+    pid = tl.program_id(0)
+    kv_heads = heads // group
+    kv_head = pid % kv_heads
+    row = pid // kv_heads
+    c2 = row % C2
+    c1 = row // C2 % C1
+    c0 = row // C2 // C1 % C0
+    b = (row // C2 // C1 // C0).to(tl.int64)
+
+    n = tl.arange(0, BLOCK_N)
+    g0, n0, t0, start0, w0 = axis_of_keys(c0, N0, D0, Q0, L0, n // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED)
+    g1, n1, t1, start1, w1 = axis_of_keys(c1, N1, D1, Q1, L1, n // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED)
+    g2, n2, t2, start2, w2 = axis_of_keys(c2, N2, D2, Q2, L2, n % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED)
+    ky0, ky1, ky2 = g0 + D0 * t0, g1 + D1 * t1, g2 + D2 * t2
+    inside = on_map(ky0, ky1, ky2, L0, L1, L2, CLAMPED)
+    wanted = n < T0 * T1 * T2
+    if CLAMPED:
+        wanted = wanted & (t0 < n0) & (t1 < n1) & (t2 < n2)
+    if MASK_OUTSIDE:
+        wanted = wanted & inside
+    rows_k = load_tokens(
+        k + b * k_b + kv_head * k_h, ky0 * k_0 + ky1 * k_1 + ky2 * k_2, inside, wanted, pad_k + kv_head * DIM, DIM,
+        BLOCK_D, False, HAS_PAD,
+    )  # fmt: skip
+    rows_v = load_tokens(
+        v + b * v_b + kv_head * v_h, ky0 * v_0 + ky1 * v_1 + ky2 * v_2, inside, wanted, pad_v + kv_head * DIM_V, DIM_V,
+        BLOCK_DV, False, HAS_PAD,
+    )  # fmt: skip
+    entry_n = ((t0 + K0 - 1) * (2 * K1 - 1) + t1 + K1 - 1) * (2 * K2 - 1) + t2 + K2 - 1
+
+    acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    parts: tl.constexpr = (S0 * S1 * S2 + BLOCK_M - 1) // BLOCK_M
+    steps = tl.cdiv(w0 * w1 * w2, BLOCK_M) if CLAMPED else w0 * w1 * w2 * parts
+    for i in range(0, steps * group):
+        head = kv_head * group + i // steps
+        i = i % steps
+        if CLAMPED:
+            p0, p1, p2, read = token_of_box(i, start0, start1, start2, w0, w1, w2, BLOCK_M)
+            first0, stop0 = window_of(p0, n0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED)
+            first1, stop1 = window_of(p1, n1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED)
+            first2, stop2 = window_of(p2, n2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED)
+            seen = pairs_of(
+                wanted[:, None], t0[:, None], t1[:, None], t2[:, None], first0[None, :], stop0[None, :],
+                first1[None, :], stop1[None, :], first2[None, :], stop2[None, :], FULL0, FULL1, FULL2,
+            )  # fmt: skip
+        else:
+            block = i // parts
+            j = (i - block * parts) * BLOCK_M + tl.arange(0, BLOCK_M)
+            b0, b1, b2 = start0 + block // (w1 * w2), start1 + block // w2 % w1, start2 + block % w2
+            p0, p1, p2 = b0 * S0 + j // (S1 * S2), b1 * S1 + j // S2 % S1, b2 * S2 + j % S2
+            read = j < S0 * S1 * S2
+            u0, u1, u2 = t0 - b0 * STEP0 + OFF0, t1 - b1 * STEP1 + OFF1, t2 - b2 * STEP2 + OFF2
+            seen = wanted & (u0 >= 0) & (u0 < K0) & (u1 >= 0) & (u1 < K1) & (u2 >= 0) & (u2 < K2)
+            if HAS_REL:
+                e = tl.arange(0, BLOCK_E)
+                ones = tl.load(places + (u1 * K2 + u2)[:, None] * BLOCK_E + e[None, :], mask=seen[:, None], other=0.0)
+            seen = seen[:, None]
+        y0, y1, y2 = g0 + D0 * p0, g1 + D1 * p1, g2 + D2 * p2
+        read = read & (y0 < Q0) & (y1 < Q1) & (y2 < Q2)
+        queries = load_tokens(
+            q + b * q_b + head * q_h, y0 * q_0 + y1 * q_1 + y2 * q_2, read, read, q, DIM, BLOCK_D, False, False
+        )
+        grads = load_tokens(
+            g + b * g_b + head * g_h, y0 * g_0 + y1 * g_1 + y2 * g_2, read, read, g, DIM_V, BLOCK_DV, False, False
+        )
+        at = (((b * Q0 + y0) * Q1 + y1) * Q2 + y2) * heads + head
+        row_lse = tl.load(lse + at, mask=read, other=float("inf")) * 1.4426950408889634
+        row_delta = tl.load(delta + at, mask=read, other=0.0)
+        s = tl.dot(rows_k, tl.trans(queries), input_precision=PRECISION)
+        if HAS_REL:
+            entry, exists = rel_entry(p1, p2, K1, S1, S2, REL_STEP, BLOCK_E)
+            terms = tl.load(rel + at[:, None] * (4 * K1 - 2) + entry, mask=exists & read[:, None], other=0.0)
+            terms = (terms.to(tl.float32) * inv_scale).to(queries.dtype)
+            s = tl.dot(ones, tl.trans(terms), s, input_precision=PRECISION)
+        dp = tl.dot(rows_v, tl.trans(grads), input_precision=PRECISION)
+        if HAS_BIAS:
+            table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
+            entry_m = (p0 * (2 * K1 - 1) + p1) * (2 * K2 - 1) + p2
+            entry_nm = entry_n[:, None] - entry_m[None, :]
+            s = s * scale_log2 + tl.load(table + entry_nm, mask=seen & read[None, :], other=HIDDEN)
+        else:
+            s = tl.where(seen, s * scale_log2, HIDDEN)
+        p = tl.exp2(s - row_lse[None, :])
+        ds = p * (dp - row_delta[None, :])
+        acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
+        acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+
+    at = (((b * L0 + ky0) * L1 + ky1) * L2 + ky2) * kv_heads + kv_head
+    there = inside & wanted
+    acc_k *= scale
+    d, d_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    tl.store(
+        dk + at[:, None] * DIM + d[None, :], acc_k.to(dk.dtype.element_ty), mask=there[:, None] & (d < DIM)[None, :]
+    )
+    tl.store(
+        dv + at[:, None] * DIM_V + d_v[None, :],
+        acc_v.to(dv.dtype.element_ty),
+        mask=there[:, None] & (d_v < DIM_V)[None, :],
+    )
+    if HAS_PAD:
+        outside = (wanted & (inside == 0))[:, None]
+        at = tl.program_id(0).to(tl.int64)
+        tl.store(dpad_k + at * DIM + d, tl.sum(tl.where(outside, acc_k, 0.0), 0), mask=d < DIM)
+        tl.store(dpad_v + at * DIM_V + d_v, tl.sum(tl.where(outside, acc_v, 0.0), 0), mask=d_v < DIM_V)

@@ -1,0 +1,349 @@
+"""Fused forward of windowed attention: neighborhood, halo and window attention are settings of one kernel.
+
+A program holds a box of queries of one head and one dilation group, and walks over the smallest box of keys that holds
+all their windows. Keys and values are read where they lie: no windows, no padded copy. Softmax runs on line in float32,
+in base 2. Three axes always; a map of fewer has leading axes of one token.
+
+Positions count inside a dilation group. Where a window stands is one axis at a time, in one of two ways:
+
+    clamped (neighborhood): moved at the border to stay in the group, see :func:`visattn_kernels.neighborhood_attention`
+    free (halo, window): query p sees `kernel_size` keys from p // stride * step - offset on, also outside the map
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_support import Launch, dot_precision, meta, unit_stride
+from ..triton_tiles import LOG2E, divide, load_tokens, power_of_2
+from .triton_tiling import Windows, query_tiling
+
+HIDDEN = tl.constexpr(-1e30)
+"""Logit of a key that a query does not see. Finite: a step of hidden keys only is undone by the next that is not."""
+
+
+@triton.jit
+def window_of(p, n, K: tl.constexpr, S: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr,
+              CLAMPED: tl.constexpr):  # fmt: skip
+    """First key of the window of query `p` in a group of `n` tokens, and the one after its last."""
+    if CLAMPED:
+        if CAUSAL:
+            leader = tl.minimum(p // S * S + (S - 1), n - 1)
+            first = tl.maximum(leader - (K - 1), 0)
+            stop = p + 1
+        else:
+            leader = tl.minimum(p // S * S + S // 2, n - 1)
+            first = tl.minimum(tl.maximum(leader - K // 2, 0), n - K)
+            stop = first + K
+    else:
+        first = p // S * STEP - OFFSET
+        stop = first + K
+    return first, stop
+
+
+@triton.jit
+def members_of(group, length, dilation):
+    """Tokens of a dilation group of an axis."""
+    return (length - 1 - group) // dilation + 1
+
+
+@triton.jit
+def axis_of_tile(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
+                 STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CLAMPED: tl.constexpr):  # fmt: skip
+    """One axis of tile `c` of queries: its group, positions, coordinates (`q_length` where there is no query), windows,
+    and where the box of keys starts and how wide it is."""
+    group = c // tiles
+    top = (c - group * tiles) * T
+    members = members_of(group, q_length, dilation)
+    n = tl.maximum(members_of(group, length, dilation), K)
+    p = top + local
+    first, stop = window_of(p, n, K, S, STEP, OFFSET, CAUSAL, CLAMPED)
+    start, _ = window_of(top, n, K, S, STEP, OFFSET, CAUSAL, CLAMPED)
+    last = tl.minimum(top + T, members) - 1
+    _, end = window_of(last, n, K, S, STEP, OFFSET, CAUSAL, CLAMPED)
+    width = tl.where(last < top, 0, end - start)
+    at = tl.where(p < members, group + dilation * p, q_length)
+    return group, p, at, first, stop, start, width
+
+
+@triton.jit
+def token_of_box(i, start0, start1, start2, w0, w1, w2, BLOCK: tl.constexpr):
+    """Step `i` over a box of tokens, row-major: positions per axis, and whether there is such a token."""
+    j = i * BLOCK + tl.arange(0, BLOCK)
+    u0 = divide(j, 1.0 / (w1 * w2))
+    rest = j - u0 * (w1 * w2)
+    u1 = divide(rest, 1.0 / w2)
+    return start0 + u0, start1 + u1, start2 + rest - u1 * w2, j < w0 * w1 * w2
+
+
+@triton.jit
+def on_map(y0, y1, y2, L0, L1, L2, CLAMPED: tl.constexpr):
+    """Whether coordinates lie on the map."""
+    inside = (y0 < L0) & (y1 < L1) & (y2 < L2)
+    if not CLAMPED:
+        inside = inside & (y0 >= 0) & (y1 >= 0) & (y2 >= 0)
+    return inside
+
+
+@triton.jit
+def pairs_of(wanted, t0, t1, t2, first0, stop0, first1, stop1, first2, stop2,
+             FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr):  # fmt: skip
+    """Who sees whom. `FULL`: on this axis every query of the tile sees the whole box.
+
+    Arguments of keys and of queries stand across each other, (1, n) and (m, 1) or the other way round.
+    """
+    seen = wanted
+    if not FULL0:
+        seen = seen & (t0 >= first0) & (t0 < stop0)
+    if not FULL1:
+        seen = seen & (t1 >= first1) & (t1 < stop1)
+    if not FULL2:
+        seen = seen & (t2 >= first2) & (t2 < stop2)
+    return seen
+
+
+@triton.jit
+def rel_entry(p1, p2, w: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """Where a query's position terms of the rows, then of the columns of its window of w x w keys stand in its row of
+    offsets, (m, BLOCK), and which of them there are."""
+    e = tl.arange(0, BLOCK)[None, :]
+    row = e - STEP * (p1 % S1)[:, None] + (w - 1)
+    column = (2 * w - 1) + (e - w) - STEP * (p2 % S2)[:, None] + (w - 1)
+    return tl.where(e < w, row, column), e < 2 * w
+
+
+@triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
+                               "heads", "group", "extra"])  # fmt: skip
+def na_fwd_kernel(
+    q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, places, out, lse,
+    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, scale_log2, inv_scale,
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
+    OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
+    CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
+    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
+    FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)  # heads vary fastest: they share cache lines
+    head = pid % heads
+    pid = pid // heads
+    c2 = pid % C2
+    pid = pid // C2
+    c1 = pid % C1
+    pid = pid // C1
+    c0 = pid % C0
+    b = (pid // C0).to(tl.int64)
+    kv_head = head // group
+
+    m = tl.arange(0, BLOCK_M)
+    g0, p0, y0, first0, stop0, start0, w0 = axis_of_tile(
+        c0, N0, D0, Q0, L0, m // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED
+    )
+    g1, p1, y1, first1, stop1, start1, w1 = axis_of_tile(
+        c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED
+    )
+    g2, p2, y2, first2, stop2, start2, w2 = axis_of_tile(
+        c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED
+    )
+    there = (y0 < Q0) & (y1 < Q1) & (y2 < Q2) & (m < T0 * T1 * T2)
+    queries = load_tokens(
+        q + b * q_b + head * q_h, y0 * q_0 + y1 * q_1 + y2 * q_2, there, there, q, DIM, BLOCK_D, False, False
+    )
+    at = (((b * Q0 + y0) * Q1 + y1) * Q2 + y2) * heads + head
+    if HAS_REL:
+        entry, exists = rel_entry(p1, p2, K1, S1, S2, REL_STEP, BLOCK_E)
+        exists = exists & there[:, None]
+        terms = tl.load(rel + at[:, None] * (4 * K1 - 2) + entry, mask=exists, other=0.0).to(tl.float32)
+        terms = (terms * inv_scale).to(queries.dtype)
+    # Where the bias of a pair stands: key minus query.
+    entry_m = ((p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1) * (2 * K2 - 1) + p2 - K2 + 1
+    table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
+
+    k_base, v_base = k + b * k_b + kv_head * k_h, v + b * v_b + kv_head * v_h
+    top = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for i in range(0, tl.cdiv(w0 * w1 * w2, BLOCK_N)):
+        t0, t1, t2, wanted = token_of_box(i, start0, start1, start2, w0, w1, w2, BLOCK_N)
+        ky0, ky1, ky2 = g0 + D0 * t0, g1 + D1 * t1, g2 + D2 * t2
+        inside = on_map(ky0, ky1, ky2, L0, L1, L2, CLAMPED)
+        if MASK_OUTSIDE:
+            wanted = wanted & inside
+        rows_k = load_tokens(
+            k_base, ky0 * k_0 + ky1 * k_1 + ky2 * k_2, inside, wanted, pad_k + kv_head * DIM, DIM, BLOCK_D, False,
+            HAS_PAD,
+        )  # fmt: skip
+        s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION)
+        if HAS_REL:
+            e = tl.arange(0, BLOCK_E)
+            j = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            s = tl.dot(
+                terms, tl.trans(tl.load(places + j[:, None] * BLOCK_E + e[None, :])), s, input_precision=PRECISION
+            )
+        seen = pairs_of(
+            wanted[None, :], t0[None, :], t1[None, :], t2[None, :], first0[:, None], stop0[:, None], first1[:, None],
+            stop1[:, None], first2[:, None], stop2[:, None], FULL0, FULL1, FULL2,
+        )  # fmt: skip
+        if HAS_BIAS:
+            entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
+            entry_mn = entry_n[None, :] - entry_m[:, None]
+            s = s * scale_log2 + tl.load(table + entry_mn, mask=seen & there[:, None], other=HIDDEN)
+        else:
+            s = tl.where(seen, s * scale_log2, HIDDEN)
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new_top[:, None])
+        alpha = tl.exp2(top - new_top)
+        total = total * alpha + tl.sum(p, 1)
+        rows_v = load_tokens(
+            v_base, ky0 * v_0 + ky1 * v_1 + ky2 * v_2, inside, wanted, pad_v + kv_head * DIM_V, DIM_V, BLOCK_DV, False,
+            HAS_PAD,
+        )  # fmt: skip
+        acc = tl.dot(p.to(rows_v.dtype), rows_v, acc * alpha[:, None], input_precision=PRECISION)
+        top = new_top
+    if HAS_EXTRA:
+        kv_row = (b * (heads // group) + kv_head) * extra
+        for i in range(0, tl.cdiv(extra, BLOCK_N)):
+            j = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            rows_k = load_tokens(extra_k, (kv_row + j) * DIM, j < extra, j < extra, q, DIM, BLOCK_D, False, False)
+            s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION) * scale_log2
+            s = tl.where((j < extra)[None, :], s, HIDDEN)
+            new_top = tl.maximum(top, tl.max(s, 1))
+            p = tl.exp2(s - new_top[:, None])
+            alpha = tl.exp2(top - new_top)
+            total = total * alpha + tl.sum(p, 1)
+            rows_v = load_tokens(extra_v, (kv_row + j) * DIM_V, j < extra, j < extra, q, DIM_V, BLOCK_DV, False, False)
+            acc = tl.dot(p.to(rows_v.dtype), rows_v, acc * alpha[:, None], input_precision=PRECISION)
+            top = new_top
+
+    d = tl.arange(0, BLOCK_DV)
+    tl.store(
+        out + at[:, None] * DIM_V + d[None, :],
+        (acc / total[:, None]).to(out.dtype.element_ty),
+        mask=there[:, None] & (d < DIM_V)[None, :],
+    )
+    tl.store(lse + at, (top + tl.log2(total)) / 1.4426950408889634, mask=there)
+
+
+def three_axes(x: Tensor) -> Tensor:
+    """A map with leading axes of one token, (B, n0, n1, n2, heads, dim), channels side by side."""
+    x = unit_stride(x)
+    while x.dim() < 6:
+        x = x.unsqueeze(1)
+    return x
+
+
+def strides_of(x: Any) -> tuple[int, ...]:
+    """Strides of batch, axes and heads, from :func:`meta`; an axis of one token has none, whatever torch says."""
+    return tuple(s if n > 1 else 0 for n, s in zip(x[0][:5], x[1][:5]))
+
+
+def shared_constants(windows: Windows, q: Any, v: Any, precision: str, **given: bool) -> dict[str, Any]:
+    """The ``constexpr`` arguments that all kernels begin with."""
+    names = ("K", "S", "STEP", "OFF", "CAUSAL")
+    per_axis = (windows.kernel_size, windows.stride, windows.step, windows.offset, windows.is_causal)
+    constants = {f"{name}{a}": values[a] for name, values in zip(names, per_axis) for a in range(3)}
+    dim, dim_v = q[0][-1], v[0][-1]
+    return {
+        **constants, "CLAMPED": windows.clamped, "MASK_OUTSIDE": windows.mask_outside, "REL_STEP": windows.rel_step,
+        "HAS_BIAS": given["bias"], "HAS_EXTRA": given["extra"], "HAS_PAD": given["pad"], "HAS_REL": given["rel"],
+        "DIM": dim, "DIM_V": dim_v, "BLOCK_D": power_of_2(dim), "BLOCK_DV": power_of_2(dim_v),
+        "BLOCK_E": power_of_2(2 * windows.kernel_size[1]), "PRECISION": precision,
+    }  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def plan(
+    q: Any, k: Any, v: Any, bias: Any, extra: Any, pad: Any, rel: Any, windows: Windows, scale: float, precision: str
+) -> Launch:
+    """The launch for arguments of these shapes, strides and dtypes."""
+    B, *q_grid, heads, dim = q[0]
+    grid, kv_heads, dim_v = k[0][1:4], k[0][4], v[0][-1]
+    way = query_tiling(tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None)
+    scalars = (
+        *strides_of(q), *strides_of(k), *strides_of(v), *q_grid, *grid, *windows.dilation, *way.counts, *way.tiles,
+        heads, heads // kv_heads, 0 if extra is None else extra[0][2], scale * LOG2E, 1 / scale,
+    )  # fmt: skip
+    constants = shared_constants(
+        windows, q, v, precision, bias=bias is not None, extra=extra is not None, pad=pad is not None,
+        rel=rel is not None,
+    )  # fmt: skip
+    return Launch(
+        na_fwd_kernel, B * way.programs * heads, scalars,
+        constants | way.constants(), way.warps, way.stages,
+    )  # fmt: skip
+
+
+@functools.lru_cache(256)
+def places_of(window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Row and column of each key of a window as two ones in a row of zeros: (keys, 2 * window), both rounded up."""
+    keys, width = -(-(window * window) // 128) * 128, power_of_2(2 * window)
+    u = torch.arange(window * window, device=device)
+    places = torch.zeros(keys, width, dtype=dtype, device=device)
+    places[u, u // window] = 1
+    places[u, window + u % window] = 1
+    return places
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    rel: Tensor | None,
+    windows: Windows,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp (B, *q_grid, heads) float32.
+
+    `bias` is the table of neighborhood attention, `extra_k` and `extra_v` its additional keys; `rel` (B, *q_grid,
+    heads, 2 * (2 * window - 1)) holds the position terms of halo attention, those of vertical offsets first.
+    """
+    out = torch.empty(q.shape[:-1] + v.shape[-1:], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = three_axes(q), three_axes(k), three_axes(v)
+    optional = prepare(bias, extra_k, extra_v, pad_k, pad_v, rel, windows, k)
+    bias, extra_k, _, pad_k, _, rel = optional
+    launch = plan(
+        meta(q), meta(k), meta(v), meta(bias), meta(extra_k), meta(pad_k), meta(rel), windows, scale,
+        dot_precision(q.dtype),
+    )  # fmt: skip
+    places = q if rel is None else places_of(windows.kernel_size[1], q.dtype, q.device)
+    launch(q, k, v, *(q if x is None else x for x in optional), places, out, lse)
+    return out, lse
+
+
+def prepare(
+    bias: Tensor | None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    rel: Tensor | None,
+    windows: Windows,
+    k: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Optional tensors as the kernels read them: biases times log2(e) in float32, additional keys heads first, padding
+    only where a window reaches outside the map."""
+    if bias is not None:
+        bias = (bias.float() * LOG2E).contiguous()
+    if extra_k is not None and extra_v is not None:
+        extra_k, extra_v = (x.transpose(1, 2).contiguous() if x.shape[1] else None for x in (extra_k, extra_v))
+    if pad_k is not None and pad_v is not None:
+        reaches = windows.reaches_outside(k.shape[1:4])
+        pad_k, pad_v = (x.to(k.dtype).contiguous() if reaches else None for x in (pad_k, pad_v))
+    return bias, extra_k, extra_v, pad_k, pad_v, None if rel is None else rel.contiguous()

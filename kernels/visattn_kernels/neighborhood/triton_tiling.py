@@ -1,0 +1,206 @@
+"""How the programs of the fused kernels cut maps into boxes. Sizes follow a count of work, see NOTES.md."""
+
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+from ..triton_tiles import power_of_2
+
+Triple = tuple[int, int, int]
+
+
+class Windows(NamedTuple):
+    """Where windows stand, per axis; see ``triton_fwd``."""
+
+    kernel_size: Triple
+    stride: Triple
+    """Queries that share a window."""
+    step: Triple
+    """Keys from one window to the next (free windows)."""
+    offset: Triple
+    """Keys by which a window starts before its block (free windows)."""
+    dilation: Triple
+    is_causal: tuple[bool, bool, bool]
+    clamped: bool
+    mask_outside: bool
+    """Whether keys outside the map are hidden rather than zero or padding."""
+    rel_step: int
+    """Offsets from one query to the next in the position terms of halo attention."""
+
+    def reaches_outside(self, grid: Any) -> bool:
+        """Whether a key outside the map takes part, on maps of `grid` tokens."""
+        if self.clamped:
+            return any(n < k * d for n, k, d in zip(grid, self.kernel_size, self.dilation))
+        return any(o > 0 or n % s for n, s, o in zip(grid, self.step, self.offset))
+
+    def window(self, p: int, n: int, a: int) -> tuple[int, int]:
+        """First key of query `p` in a group of `n` tokens on axis `a`, and the one after its last."""
+        k, s = self.kernel_size[a], self.stride[a]
+        if not self.clamped:
+            first = p // s * self.step[a] - self.offset[a]
+            return first, first + k
+        if self.is_causal[a]:
+            return max(min(p // s * s + s - 1, n - 1) - k + 1, 0), p + 1
+        first = min(max(min(p // s * s + s // 2, n - 1) - k // 2, 0), n - k)
+        return first, first + k
+
+
+class Tiling(NamedTuple):
+    """Boxes of tokens that programs hold, and launch settings."""
+
+    box: Triple
+    tiles: Triple
+    """Boxes per dilation group."""
+    counts: Triple
+    """Boxes of all groups."""
+    full: tuple[bool, bool, bool]
+    """Axes on which every query sees all keys that a program meets."""
+    held: int
+    """Tokens of a tile that holds a box."""
+    step: int
+    """Tokens of the other side per step."""
+    warps: int
+    stages: int
+
+    @property
+    def programs(self) -> int:
+        """Programs per image and head."""
+        return math.prod(self.counts)
+
+    def constants(self, of_keys: bool = False) -> dict[str, Any]:
+        """The ``constexpr`` arguments that the kernels end with."""
+        names = ("T0", "T1", "T2", "FULL0", "FULL1", "FULL2", "BLOCK_M", "BLOCK_N")
+        m, n = (self.step, self.held) if of_keys else (self.held, self.step)
+        return dict(zip(names, (*self.box, *self.full, m, n)))
+
+
+class Cut(NamedTuple):
+    """A way to cut one axis: tokens per box, how often its boxes meet how many tokens, whether all see all of them."""
+
+    size: int
+    widths: dict[int, int]
+    full: bool
+
+
+def _sizes(n: int, unit: int, most: int) -> list[int]:
+    """Sizes of boxes to choose from on an axis of `n` tokens: shares of a unit, then whole units."""
+    units = math.ceil(n / unit)
+    some = {math.ceil(units / parts) for parts in range(1, 9)} | {*range(1, 9), 10, 12, 16, 24, 32, 64, 128}
+    whole = [unit * i for i in sorted(some) if i <= units and unit * i <= max(most, unit)]
+    return [unit // i for i in range(2, unit + 1) if unit % i == 0] + whole
+
+
+def _least_work(options: list[list[Cut]], most: int, step: int) -> tuple[tuple[Cut, ...], int]:
+    """The cuts of all axes with the least work, and the most tokens that a box meets.
+
+    Work is products of full tiles, loads of the tokens that a program holds (as if it met 48 more), and what a program
+    costs besides.
+    """
+    best: tuple[float, tuple[Cut, ...], int] | None = None
+    for cuts in itertools.product(*options):
+        tokens = math.prod(cut.size for cut in cuts)
+        if tokens > most:
+            continue
+        work, most_met = 0.0, 0
+        for widths in itertools.product(*(cut.widths.items() for cut in cuts)):
+            met, times = math.prod(w for w, _ in widths), math.prod(n for _, n in widths)
+            tile = min(step, power_of_2(met))
+            work += times * (power_of_2(tokens) * (math.ceil(met / tile) * tile + 48) + 2048)
+            most_met = max(most_met, met)
+        if best is None or work < best[0]:
+            best = work, cuts, most_met
+    assert best is not None
+    return best[1], best[2]
+
+
+def _warps(held: int) -> int:
+    return 1 if held <= 16 else 2 if held <= 32 else 4
+
+
+@functools.lru_cache(4096)
+def query_tiling(
+    q_grid: Triple, grid: Triple, windows: Windows, dim: int, itemsize: int, one_window: bool = False
+) -> Tiling:
+    """Boxes of queries with the least work. With `one_window` all queries of a box share their window."""
+    small = dim > 64 or itemsize == 4
+    most, step = (64, 32) if small else (128, 64)
+    groups = [math.ceil(n / d) for n, d in zip(q_grid, windows.dilation)]
+    keys = [math.ceil(n / d) for n, d in zip(grid, windows.dilation)]
+    options = [
+        [
+            _cut_queries(size, n, max(keys[a], windows.kernel_size[a]), windows, a)
+            for size in _sizes(n, windows.stride[a], most)
+            if size <= windows.stride[a] or not one_window
+        ]
+        for a, n in enumerate(groups)
+    ]
+    cuts, met = _least_work(options, most, step)
+    a, b, c = cuts
+    tiles = [math.ceil(n / cut.size) for n, cut in zip(groups, cuts)]
+    counts = [min(n, d) * t for n, d, t in zip(q_grid, windows.dilation, tiles)]
+    held, step = power_of_2(a.size * b.size * c.size), min(step, power_of_2(met))
+    return Tiling(
+        (a.size, b.size, c.size), (tiles[0], tiles[1], tiles[2]), (counts[0], counts[1], counts[2]),
+        (a.full, b.full, c.full), held, step, _warps(held), 2 if met <= step else 3,
+    )  # fmt: skip
+
+
+def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
+    """Boxes of `size` of `n` queries of a group of `keys` tokens, and the boxes of keys that they see."""
+    widths: dict[int, int] = {}
+    for top in range(0, n, size):
+        last = min(top + size, n) - 1
+        width = windows.window(last, keys, a)[1] - windows.window(top, keys, a)[0]
+        widths[width] = widths.get(width, 0) + 1
+    one = windows.stride[a] % size == 0 or (windows.clamped and keys == windows.kernel_size[a])
+    return Cut(size, widths, one and not (windows.clamped and windows.is_causal[a]))
+
+
+@functools.lru_cache(4096)
+def key_tiling(grid: Triple, windows: Windows, dim: int, itemsize: int, padded: bool) -> Tiling:
+    """Boxes of keys with the least work. With `padded` they cover the keys outside the map too."""
+    most, step = 64, 32 if dim > 64 or itemsize == 4 else 64
+    if not windows.clamped:
+        return _free_key_tiling(grid, windows, most, step, padded)
+    groups = [math.ceil(n / d) for n, d in zip(grid, windows.dilation)]
+    if padded:
+        groups = [max(n, k) for n, k in zip(groups, windows.kernel_size)]
+    options = [[_cut_keys(size, n, windows, a) for size in _sizes(n, 1, most)] for a, n in enumerate(groups)]
+    cuts, met = _least_work(options, most, step)
+    a, b, c = cuts
+    tiles = [math.ceil(n / cut.size) for n, cut in zip(groups, cuts)]
+    counts = [min(n, d) * t for n, d, t in zip(grid, windows.dilation, tiles)]
+    held, step = power_of_2(a.size * b.size * c.size), min(step, power_of_2(met))
+    return Tiling(
+        (a.size, b.size, c.size), (tiles[0], tiles[1], tiles[2]), (counts[0], counts[1], counts[2]),
+        (a.full, b.full, c.full), held, step, _warps(held), 1 if met <= step else 2,
+    )  # fmt: skip
+
+
+def _cut_keys(size: int, n: int, windows: Windows, a: int) -> Cut:
+    """Boxes of `size` of `n` keys of a group, and the boxes of queries whose clamped windows hold one of them."""
+    k, s, causal = windows.kernel_size[a], windows.stride[a], windows.is_causal[a]
+    widths: dict[int, int] = {}
+    for low in range(0, n, size):
+        high = min(low + size, n) - 1
+        if causal:
+            first, stop = low, min(high + k, n)
+        else:
+            shift = s - s // 2 - 1
+            first = 0 if low < k else (low - (k - 1 - k // 2) + shift) // s * s
+            stop = n if high >= n - k else min((high + k // 2 + shift + 1) // s * s, n)
+        widths[stop - first] = widths.get(stop - first, 0) + 1
+    return Cut(size, widths, not causal and n <= k)
+
+
+def _free_key_tiling(grid: Triple, windows: Windows, most: int, step: int, padded: bool) -> Tiling:
+    """A box is what lies from one window's start to the next, so that few windows share it, halved until it fits."""
+    box = list(windows.step)
+    while math.prod(box) > most:
+        a = box.index(max(box))
+        box[a] = math.ceil(box[a] / 2)
+    lengths = [(math.ceil(n / s) * s if padded else n) + o for n, s, o in zip(grid, windows.step, windows.offset)]
+    tiles = tuple(math.ceil(n / size) for n, size in zip(lengths, box))
+    held, step = power_of_2(math.prod(box)), min(step, power_of_2(math.prod(windows.stride)))
+    return Tiling((box[0], box[1], box[2]), tiles, tiles, (True, True, True), held, step, _warps(held), 2)  # type: ignore[arg-type]
