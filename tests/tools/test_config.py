@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 from visattn_tools.cli import UserError
-from visattn_tools.config import config_text, parse_train_args, train_parser
+from visattn_tools.config import config_text, parse_train_args
+from visattn_tools.flags import train_parser
 
 DIGITS = ["--dataset", "digits", "--model", "test_efficientnet"]
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def test_every_flag_has_help() -> None:
         (["--sched", "cosin"], r"--sched: invalid choice: 'cosin'"),
         (["--opt", "adamv"], r"--opt adamv: timm has no such optimizer; did you mean '.*adam'"),
         (["--model", "biformer_tt"], r"--model biformer_tt: no such model; did you mean 'biformer_t'"),
-        (["--dataset", "digit"], r"--dataset digit: unknown; use one of folder, digits; did you mean 'digits'"),
+        (["--dataset", "digit"], r"--dataset digit: unknown; use one of folder, digits, synthetic, torch/NAME, .*; did you mean 'digits'"),
         (["--dataset", "folder"], r"--data-dir is missing"),
         (["--batch-size", "7", "--mixup", "0.2"], r"--batch-size 7 must be even with --mixup"),
         (["--initial-checkpoint", "no.safetensors"], r"--initial-checkpoint no.safetensors: no such file"),

@@ -13,9 +13,10 @@ from visattn_tools import training
 from visattn_tools.checkpoint import read_header
 from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
-from visattn_tools.data import Data, Digits, Images, open_data
+from visattn_tools.data import Data, Images, open_data
 from visattn_tools.loaders import TrainLoader
 from visattn_tools.processes import Processes
+from visattn_tools.sources import Digits
 
 Flags = Callable[..., list[str]]
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "crop_mode": "center"}
@@ -117,7 +118,7 @@ def _gone(root: Path) -> None:
     ("spoil", "message"),
     [
         (_gone, r"--data-dir .*images: no such folder"),
-        (_remove_val, r"--data-dir .*images has no folder validation or val .*\(--val-split\); it has train"),
+        (_remove_val, r"--data-dir .*images has no folder or .tar file validation or val .*\(--val-split\); it has train"),
         (_empty_class, r"the class folder .*train/yellow has no images"),
         (_flat, r"images/train has no class folders"),
         (_other_classes, r"validation has other classes than train; it lacks red; only it has rad"),
@@ -162,7 +163,7 @@ def test_bad_class_maps(flags: Flags, tmp_path: Path, text: str | None, message:
 
 
 def test_the_digits_take_no_class_map() -> None:
-    with pytest.raises(UserError, match=r"--class-map x: the digits have classes of their own"):
+    with pytest.raises(UserError, match=r"--class-map x: the digits data have classes of their own"):
         _open(["--dataset", "digits", "--model", "test_efficientnet", "--class-map", "x"])
 
 

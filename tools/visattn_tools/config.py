@@ -1,4 +1,4 @@
-"""The flags of ``tools/train.py``, named as timm's ``train.py`` names them, and their YAML form."""
+"""The flags' YAML form, and what makes flags go together."""
 
 import argparse
 import hashlib
@@ -14,158 +14,15 @@ from timm.utils import ParseKwargs
 
 import visattn  # noqa: F401  registers the models
 
-from .cli import Parser, UserError, nearest, number
+from .cli import Parser, UserError, nearest
+from .distillation import check_distillation
+from .flags import train_parser
 from .objectives import check_flags
 from .processes import process_count
-from .sparsifiner_losses import STRATEGIES, TOKEN_CRITERIA
+from .sources import check_dataset
 
-DATASETS = ("folder", "digits")
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "constant")
 PLACES = ("config", "resume", "overwrite")
 """Flags about where a run lies rather than what it is: no part of the saved configuration."""
-
-_COUNT = number(int, 1)
-_FRACTION = number(float, 0, 1)
-_NOT_NEGATIVE = number(float, 0)
-
-
-def train_parser() -> Parser:
-    """The parser of ``tools/train.py``."""
-    parser = Parser(prog="train.py", description="Train an image classifier.")
-    switch = argparse.BooleanOptionalAction
-
-    add = parser.add_argument_group("configuration and output").add_argument
-    add("--config", type=Path, metavar="FILE", help="YAML of defaults for these flags; its keys are their names")
-    add("--output", default="runs", metavar="DIR", help="folder of the run folders")
-    add("--experiment", metavar="NAME", help="name of the run folder; default: <time>-<model>")
-    add("--overwrite", action=switch, default=False, help="replace the run in an existing run folder")
-    add("--resume", metavar="PATH|auto", help="go on with the run in this folder; auto: with --experiment's, if there")
-    add(
-        "--checkpoint-minutes",
-        type=_NOT_NEGATIVE,
-        default=15.0,
-        metavar="M",
-        help="save the state this often, besides at the end of every epoch; 0: after every update",
-    )
-    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of everything random")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="folder", help=f"one of: {', '.join(DATASETS)}")
-    add("--data-dir", metavar="DIR", help="folder that holds a folder per split, which holds a folder per class")
-    add("--train-split", default="train", metavar="NAME", help="folder of the training images")
-    add("--val-split", default="validation", metavar="NAME", help="folder of the held-out images; val, ... are found")
-    add("--class-map", metavar="FILE", help="class folders in the order of their numbers, one a line; default: sorted")
-    add("--num-classes", type=_COUNT, help="checked against the data; default: as the data")
-    add(
-        "--max-unreadable",
-        type=number(int, 0),
-        default=0,
-        metavar="N",
-        help="training images that may be unreadable: each is listed and replaced by the next; one more is an error",
-    )
-    add("-j", "--workers", type=number(int, 0, 1024), default=4, help="loader processes")
-    add("--pin-mem", action=switch, default=False, help="page-locked batches for faster transfer")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="NAME", help="any model of visattn or timm")
-    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments of the model")
-    add("--pretrained", action=switch, default=False, help="start from the model's published weights")
-    add("--pretrained-path", metavar="FILE", help="start from this file as from published weights; the head may differ")
-    add("--initial-checkpoint", metavar="FILE", help="start from this checkpoint, every weight of it")
-    add("--img-size", type=number(int, 16, 4096), help="side of the images; default: as the model's")
-    add("--crop-pct", type=number(float, 0, 1, above=True), help="share of the side that the test crop keeps")
-    add("--mean", type=float, nargs=3, help="of the normalisation; default: as the model's")
-    add("--std", type=number(float, 0, above=True), nargs=3, help="of the normalisation; default: as the model's")
-    add("--interpolation", choices=("bilinear", "bicubic", "nearest"), help="of the test resize")
-    add("--drop", type=number(float, 0, 1), metavar="P", help="dropout before the classifier")
-    add("--drop-path", type=number(float, 0, 1), metavar="P", help="stochastic depth")
-
-    add = parser.add_argument_group("speed and memory").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("-b", "--batch-size", type=_COUNT, default=128, help="images per step")
-    add("-vb", "--validation-batch-size", type=_COUNT, help="default: as --batch-size")
-    add("--grad-accum-steps", type=_COUNT, default=1, help="steps per update of the weights")
-    add("--grad-checkpointing", action=switch, default=False, help="recompute activations to save memory")
-    add("--amp", action=switch, default=False, help="mixed precision")
-    add("--amp-dtype", choices=("float16", "bfloat16"), default="bfloat16", help="of mixed precision")
-    add("--sync-bn", action=switch, default=False, help="batch norm over the batches of all processes of torchrun")
-    add("--channels-last", action=switch, default=False, help="memory layout")
-    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
-    add("--torchcompile-mode", metavar="MODE", help="of torch.compile")
-
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--opt", default="adamw", metavar="NAME", help="any of timm's")
-    add(
-        "--max-bad-batches",
-        type=number(int, 0),
-        default=10,
-        metavar="N",
-        help="batches whose loss may be nan or inf: their update is left out; one more stops the run",
-    )
-    add("--opt-eps", type=number(float, 0, above=True), help="default: the optimizer's")
-    add("--opt-betas", type=_FRACTION, nargs="+", help="default: the optimizer's")
-    add("--momentum", type=_FRACTION, default=0.9, help="of optimizers that have one")
-    add("--weight-decay", type=_NOT_NEGATIVE, default=0.05, help="not for biases and norms")
-    add("--clip-grad", type=number(float, 0, above=True), help="largest gradient; default: no clipping")
-    add("--clip-mode", choices=("norm", "value", "agc"), default="norm", help="of clipping")
-    add("--layer-decay", type=number(float, 0, 1, above=True), help="factor of the learning rate per layer")
-
-    add = parser.add_argument_group("schedule").add_argument
-    add("--epochs", type=_COUNT, default=300, help="epochs of the schedule")
-    add("--sched", choices=SCHEDULES, default="cosine", help="timm's schedules")
-    add("--sched-on-updates", action=switch, default=False, help="change the rate after updates, not epochs")
-    add("--lr", type=number(float, 0, 100, above=True), help="learning rate; default: from --lr-base")
-    add("--lr-base", type=number(float, 0, 100, above=True), default=1e-3, help="learning rate at --lr-base-size")
-    add("--lr-base-size", type=_COUNT, default=1024, help="images per update that --lr-base is for")
-    add("--lr-base-scale", choices=("linear", "sqrt"), default="linear", help="how --lr-base grows with images")
-    add("--min-lr", type=_NOT_NEGATIVE, default=0.0, help="lower bound")
-    add("--warmup-lr", type=_NOT_NEGATIVE, default=1e-6, help="first learning rate")
-    add("--warmup-epochs", type=number(int, 0), default=5, help="epochs of the linear rise")
-    add("--warmup-prefix", action=switch, default=False, help="warm up before --epochs, not within")
-    add("--cooldown-epochs", type=number(int, 0), default=0, help="epochs at --min-lr after the schedule")
-    add(
-        "--decay-epochs",
-        type=number(float, 0, above=True),
-        help="step: interval, 90; wsd: length, a fifth of all",
-    )
-    add("--decay-milestones", type=_COUNT, nargs="+", default=[90, 180, 270], help="multistep: epochs of the decays")
-    add("--decay-rate", type=_NOT_NEGATIVE, default=0.1, help="step and multistep: factor; poly: power")
-
-    add = parser.add_argument_group("augmentation and loss").add_argument
-    add("--no-aug", action="store_true", help="train on the test view of every image")
-    add("--train-crop-mode", choices=("rrc", "rkrc", "rkrr"), help="timm's kinds of random crop")
-    add("--scale", type=number(float, 0, above=True), nargs=2, default=[0.08, 1.0], help="area of the random crop")
-    add("--ratio", type=number(float, 0, above=True), nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
-    add("--hflip", type=_FRACTION, default=0.5, metavar="P", help="horizontal flip")
-    add("--vflip", type=_FRACTION, default=0.0, metavar="P", help="vertical flip")
-    add("--color-jitter", type=_NOT_NEGATIVE, default=0.4, help="strength; not used together with --aa")
-    add("--aa", metavar="POLICY", help="timm's AutoAugment, RandAugment, ...: rand-m9-mstd0.5-inc1")
-    add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="random", help="of the random crop")
-    add("--reprob", type=_FRACTION, default=0.0, metavar="P", help="random erasing")
-    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what erasing leaves")
-    add("--recount", type=_COUNT, default=1, help="rectangles erased")
-    add("--mixup", type=_NOT_NEGATIVE, default=0.0, metavar="ALPHA", help="0: off")
-    add("--cutmix", type=_NOT_NEGATIVE, default=0.0, metavar="ALPHA", help="0: off")
-    add("--mixup-prob", type=_FRACTION, default=1.0, help="batches that are mixed")
-    add("--mixup-switch-prob", type=_FRACTION, default=0.5, help="mixed batches that get cutmix, if both are on")
-    add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="what shares one mixing ratio")
-    add("--mixup-off-epoch", type=number(int, 0), default=0, help="no mixing after this epoch; 0: never off")
-    add("--smoothing", type=_FRACTION, default=0.1, help="label smoothing")
-    add("--bce-loss", action=switch, default=False, help="binary cross entropy per class")
-
-    add = parser.add_argument_group("Sparsifiner's strategies").add_argument
-    add("--strategy", choices=tuple(STRATEGIES), help="losses and trained part; default: all weights, plain criterion")
-    add("--teacher-weights", metavar="FILE", help="of the dense teacher; default: those that training starts from")
-    add(
-        "--loss-weights", nargs="*", default={}, action=ParseKwargs, metavar="LOSS=WEIGHT", help="default: the authors'"
-    )
-    add("--token-distill", choices=TOKEN_CRITERIA, default="mse", help="how tokens are compared with the teacher's")
-
-    add = parser.add_argument_group("average of the weights").add_argument
-    add("--model-ema", action=switch, default=False, help="evaluate and save an exponential average of the weights")
-    add("--model-ema-decay", type=_FRACTION, default=0.9998, help="of the average")
-    add("--model-ema-warmup", action=switch, default=False, help="average less in the beginning")
-    return parser
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -185,6 +42,21 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _read_config(path: Path, parser: Parser) -> argparse.Namespace:
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    # As a command line, so that the file's values pass the same checks as the flags'.
+    words: list[str] = []
+    for key, (value, source) in _settings(path, actions, ()).items():
+        words += _words(source, key, value, actions[key])
+    try:
+        return parser.parse(words)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+
+
+def _settings(path: Path, actions: dict[str, argparse.Action], above: tuple[Path, ...]) -> dict[str, tuple[Any, Path]]:
+    """Value and origin of every key in `path` and the files that it extends; what extends has the last word."""
+    if path.resolve() in above:
+        raise UserError(f"--config {above[0]}: {path} extends itself")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -193,18 +65,20 @@ def _read_config(path: Path, parser: Parser) -> argparse.Namespace:
         raise UserError(f"--config {path} is no YAML: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"--config {path} holds a {type(config).__name__}; expected keys with values")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    # As a command line, so that the file's values pass the same checks as the flags'.
-    words: list[str] = []
+    found: dict[str, tuple[Any, Path]] = {}
+    base = config.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f"--config {path}: base: {base!r} must be the name of a file, from this one's folder")
+        found = _settings(path.parent / base, actions, (*above, path.resolve()))
     for key, value in config.items():
-        action = actions.get(str(key).replace("-", "_"))
-        if action is None:
-            raise UserError(f"--config {path}: unknown key {key!r}{nearest(str(key).replace('-', '_'), actions)}")
-        words += _words(path, str(key), value, action)
-    try:
-        return parser.parse(words)
-    except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
+        name = str(key).replace("-", "_")
+        if name not in actions:
+            raise UserError(f"--config {path}: unknown key {key!r}{nearest(name, [*actions, 'base'])}")
+        before = found.get(name, (None, path))[0]
+        both = isinstance(before, dict) and isinstance(value, dict)
+        found[name] = ({**before, **value} if both else value, path)
+    return found
 
 
 def _words(path: Path, key: str, value: Any, action: argparse.Action) -> list[str]:
@@ -229,18 +103,12 @@ def _check(args: argparse.Namespace) -> None:
     if not args.model:
         raise UserError("--model is missing; name a model, for example --model biformer_t")
     check_model_name(args.model)
-    if args.dataset not in DATASETS:
-        raise UserError(
-            f"--dataset {args.dataset}: unknown; use one of {', '.join(DATASETS)}{nearest(args.dataset, DATASETS)}"
-        )
-    if args.dataset == "folder" and not args.data_dir:
-        raise UserError("--data-dir is missing; give the folder of the images, or --dataset digits")
+    check_dataset(args)
     if args.opt.lower() not in list_optimizers():
         raise UserError(f"--opt {args.opt}: timm has no such optimizer{nearest(args.opt, map(str, list_optimizers()))}")
     if args.scale[0] > args.scale[1] or args.ratio[0] > args.ratio[1]:
         raise UserError(f"--scale {args.scale} and --ratio {args.ratio} must each be a low and a high value, in order")
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
-        raise UserError(f"--batch-size {args.batch_size} must be even with --mixup or --cutmix")
+    _check_augmentation(args)
     if sum(map(bool, (args.pretrained, args.pretrained_path, args.initial_checkpoint))) > 1:
         raise UserError("give at most one of --pretrained, --pretrained-path and --initial-checkpoint")
     for flag in ("pretrained_path", "initial_checkpoint"):
@@ -248,6 +116,10 @@ def _check(args: argparse.Namespace) -> None:
         if value and not Path(value).is_file():
             raise UserError(f"--{flag.replace('_', '-')} {value}: no such file")
     check_flags(args)
+    check_distillation(args)
+    if args.freeze_epochs and args.strategy:
+        raise UserError("--freeze-epochs and --strategy exclude each other: a strategy says what is trained")
+    _check_fsdp(args)
     check_device(args.device)
     if args.amp and args.amp_dtype == "float16" and not args.device.startswith("cuda"):
         raise UserError(f"--amp-dtype float16 needs --device cuda, got {args.device}; use bfloat16")
@@ -259,6 +131,40 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--resume auto needs --experiment, the name of the run to go on with")
     if args.resume and args.overwrite:
         args.overwrite = False  # a recipe may overwrite by default; to resume is the clearer wish
+
+
+def _check_augmentation(args: argparse.Namespace) -> None:
+    mixing = args.mixup or args.cutmix or args.cutmix_minmax
+    if mixing and args.batch_size % 2:
+        raise UserError(f"--batch-size {args.batch_size} must be even with --mixup or --cutmix")
+    if (args.aug == "albumentations") != bool(args.aug_config):
+        raise UserError("--aug albumentations and --aug-config FILE need each other")
+    if args.aug_config and not Path(args.aug_config).is_file():
+        raise UserError(f"--aug-config {args.aug_config}: no such file")
+    if 0 < args.aug_repeats < 1:
+        raise UserError(f"--aug-repeats {args.aug_repeats} must be 0 or at least 1")
+    if args.aug_splits == 1 or (args.jsd_loss and not args.aug_splits):
+        raise UserError(f"--aug-splits {args.aug_splits} must be at least 2 with --jsd-loss, or 0")
+    if args.aug_splits and (mixing or args.aug == "albumentations" or args.no_aug):
+        raise UserError("--aug-splits cannot be had with --mixup, --cutmix, --no-aug or --aug albumentations")
+    if args.resplit and not args.aug_splits:
+        raise UserError("--resplit needs --aug-splits")
+
+
+def _check_fsdp(args: argparse.Namespace) -> None:
+    if not args.fsdp:
+        return
+    if process_count() == 1:
+        raise UserError("--fsdp shards over several processes: start them with torchrun")
+    unfit = {
+        "--clip-mode agc": args.clip_grad and args.clip_mode == "agc",
+        "--amp-dtype float16": args.amp and args.amp_dtype == "float16",
+        "--freeze-epochs": args.freeze_epochs,
+        "--torchcompile": args.torchcompile,
+    }
+    for flag, given in unfit.items():
+        if given:
+            raise UserError(f"--fsdp cannot be had with {flag}")
 
 
 def check_model_name(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Images for training and testing: sources, the dataset that loaders read, and checks of folders."""
+"""Images for training and testing: the datasets that loaders read, and checks of what the flags name."""
 
 import argparse
 import os
@@ -7,100 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .cli import UserError
-from .processes import process_count
+from .processes import process_count, process_rank
+from .sources import Digits, Folder, Source, Streamed, Synthetic, open_timm, some
 
 SPLIT_NAMES = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
-
-
-class Source(Protocol):
-    """Pictures with classes, in a fixed order."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """The decoded RGB picture and its class."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What a person calls the picture: its file, where it has one."""
-        ...
-
-
-class Folder:
-    """A folder of class folders, through timm's reader.
-
-    Args:
-        folder: It.
-        class_names: Names of the classes in the order of their numbers; by default those of the folders, sorted.
-
-    Raises:
-        UserError: A class folder that has none of the names.
-    """
-
-    def __init__(self, folder: Path, class_names: list[str] | None = None) -> None:
-        self.reader = create_dataset("", root=str(folder), search_split=False).reader
-        found = [name for name, _ in sorted(self.reader.class_to_idx.items(), key=lambda item: item[1])]
-        self.class_names = class_names or found
-        numbers = {name: number for number, name in enumerate(self.class_names)}
-        outside = {name for name in found if name not in numbers}
-        if outside:  # timm would leave their images out
-            raise UserError(f"{folder} has classes that --class-map does not name{_some(':', outside)}")
-        self._numbers = [numbers[name] for name in found]
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        file, target = self.reader[index]
-        with file:
-            return Image.open(file).convert("RGB"), self._numbers[target]
-
-    def name(self, index: int) -> str:
-        return self.reader.filename(index, absolute=True)
-
-
-class Digits:
-    """scikit-learn's 1,797 scans of handwritten digits, 8x8 grey values that ship with the package, upscaled.
-
-    The held-out 20 % is one fixed draw, stratified by class; no seed of a run changes it.
-    """
-
-    class_names = [str(digit) for digit in range(10)]
-
-    def __init__(self, train: bool, size: int) -> None:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        indices = np.arange(len(digits.target))
-        split = train_test_split(indices, test_size=0.2, random_state=0, stratify=digits.target)
-        self.indices = split[0 if train else 1]
-        self.targets = digits.target[self.indices]
-        self.pictures = [
-            Image.fromarray((picture * (255 / 16)).round().astype(np.uint8)).resize(
-                (size, size), Image.Resampling.BICUBIC
-            )
-            for picture in digits.images[self.indices]
-        ]
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.pictures[index].convert("RGB"), int(self.targets[index])
-
-    def name(self, index: int) -> str:
-        return f"digits[{self.indices[index]}]"
 
 
 @contextmanager
@@ -134,8 +53,9 @@ def seeded(*entropy: int, device: torch.device | None = None) -> Iterator[None]:
 class Images(Dataset):
     """What a loader reads: pictures of a source through a transform.
 
-    The augmentation of a picture depends on seed, epoch and index alone: not on the number of workers, nor on whether
-    the run was interrupted before. A picture that cannot be read gives way to the next one that can, of whatever class.
+    The augmentation of a picture depends on seed, epoch and key alone: not on the number of workers, nor on whether
+    the run was interrupted before. The key of the k-th repetition of picture i of n is k n + i. A picture that cannot
+    be read gives way to the next one that can, of whatever class.
 
     Args:
         source: The pictures.
@@ -147,6 +67,7 @@ class Images(Dataset):
         self.source, self.seed, self.max_unreadable = source, seed, max_unreadable
         self._unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # workers mark, all see
         self.transform: Callable[[Image.Image], Any] | None = None  # the loader sets it
+        self.class_names = source.class_names
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers see it change
 
     def set_epoch(self, epoch: int) -> None:
@@ -178,18 +99,71 @@ class Images(Dataset):
                     raise UserError(f"cannot read the image {self.source.name(place)}: {error}{allowed}") from None
         raise UserError("none of the images can be read")
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, key: int) -> tuple[Any, int]:
+        index = key % len(self)
         picture, target = self._read(index)
-        with seeded(self.seed, int(self._epoch), index):
+        if not 0 <= target < len(self.class_names):
+            name, known = self.source.name(index), len(self.class_names)
+            raise UserError(f"{name} is of class {target}: there are {known}, from 0 on")
+        with seeded(self.seed, int(self._epoch), key):
             return (self.transform(picture) if self.transform else picture), target
+
+
+class Stream(IterableDataset):
+    """What a loader reads of a dataset that has no index: every worker its own shards, from the front.
+
+    Order and augmentation depend on seed, epoch, process and worker. An epoch is entered in the middle by reading past
+    what was seen, without augmenting it. timm's readers log and leave out what they cannot read.
+
+    Args:
+        source: The pictures.
+        seed: Of order and augmentation.
+        batch_size: Of the loader.
+    """
+
+    def __init__(self, source: Streamed, seed: int, batch_size: int) -> None:
+        self.streamed, self.seed, self.batch_size = source, seed, batch_size
+        self.source = None  # no picture of it can be asked for
+        self.class_names = source.class_names
+        self.transform: Callable[[Image.Image], Any] | None = None  # the loader sets it
+        self.unreadable: list[int] = []
+        self._place = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch, batches to read past
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose what the next iteration reads: all batches of `epoch`, the first `skip` of them as empty images."""
+        self._place.copy_(torch.tensor([epoch, skip]))
+
+    def mark_unreadable(self, indices: list[int]) -> None:
+        """Nothing is counted by index."""
+
+    def __len__(self) -> int:
+        return len(self.streamed)
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        info, (epoch, skip) = get_worker_info(), self._place.tolist()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        place = (self.seed, epoch, process_rank(), worker)
+        shuffle = int(np.random.SeedSequence(place).generate_state(1)[0])
+        empty: Any = None
+        for i, (picture, target) in enumerate(self.streamed.read(epoch, shuffle)):
+            if not 0 <= target < len(self.class_names):
+                raise UserError(f"an image is of class {target}: there are {len(self.class_names)}, from 0 on")
+            # Workers take turns in giving batches.
+            if empty is not None and i // self.batch_size * workers + worker < skip:
+                yield empty, int(target)
+                continue
+            with seeded(*place, i):
+                image = self.transform(picture) if self.transform else picture
+            empty = np.zeros_like(image) if isinstance(image, np.ndarray) else image
+            yield image, int(target)
 
 
 @dataclass
 class Data:
     """Training and held-out pictures of the same classes."""
 
-    train: Images
-    test: Images
+    train: Images | Stream
+    test: Images | Stream
     class_names: list[str]
 
 
@@ -200,29 +174,46 @@ def open_data(args: argparse.Namespace, input_size: tuple[int, int, int]) -> Dat
         UserError: A folder that is missing, has no class folders, empty ones or some outside ``--class-map``; splits
             with other classes; too few images for a batch; ``--num-classes`` that is not the data's.
     """
-    if args.dataset == "digits":
-        if args.class_map:
-            raise UserError(f"--class-map {args.class_map}: the digits have classes of their own")
-        train: Source = Digits(True, input_size[-1])
-        test: Source = Digits(False, input_size[-1])
-        names, where = Digits.class_names, "the digits"
-    else:
-        class_names = _class_map(Path(args.class_map)) if args.class_map else None
+    made = args.dataset in ("digits", "synthetic")
+    if made and args.class_map:
+        raise UserError(f"--class-map {args.class_map}: the {args.dataset} data have classes of their own")
+    class_names = _class_map(Path(args.class_map)) if args.class_map else None
+    train: Any
+    test: Any
+    if made:
+        where = f"the {args.dataset} data"
+        train, test = _made(args, input_size)
+    elif args.dataset == "folder":
+        where = f"--data-dir {args.data_dir}"
         train, test = (Folder(path, class_names) for path in _split_folders(args))
-        names, where = train.class_names, f"--data-dir {args.data_dir}"
-        if names != test.class_names:
-            missing, extra = set(names) - set(test.class_names), set(test.class_names) - set(names)
-            raise UserError(
-                f"{where}: {args.val_split} has other classes than {args.train_split}"
-                f"{_some('; it lacks', missing)}{_some('; only it has', extra)}"
-            )
+    else:
+        where = f"--dataset {args.dataset}"
+        train, test = (open_timm(args, class_names, split, args.workers) for split in (True, False))
+    names = train.class_names
+    if names != test.class_names:
+        missing, extra = set(names) - set(test.class_names), set(test.class_names) - set(names)
+        raise UserError(
+            f"{where}: {args.val_split} has other classes than {args.train_split}"
+            f"{some('; it lacks', missing)}{some('; only it has', extra)}"
+        )
     if args.num_classes not in (None, len(names)):
         raise UserError(f"--num-classes {args.num_classes}: {where} has {len(names)} classes")
     several = f" x {process_count()} processes" if process_count() > 1 else ""
     if args.batch_size * process_count() > len(train):
         raise UserError(f"--batch-size {args.batch_size}{several} exceeds the {len(train)} training images of {where}")
+    if isinstance(train, Streamed) and isinstance(test, Streamed):
+        size = args.batch_size
+        return Data(Stream(train, args.seed, size), Stream(test, args.seed, args.validation_batch_size or size), names)
     # Held-out images are not replaced: the result would be that of another set.
     return Data(Images(train, args.seed, args.max_unreadable), Images(test, args.seed), names)
+
+
+def _made(args: argparse.Namespace, input_size: tuple[int, int, int]) -> tuple[Source, Source]:
+    if args.dataset == "digits":
+        return Digits(True, input_size[-1]), Digits(False, input_size[-1])
+    counts = (args.train_num_samples or 4096, args.val_num_samples or 512)
+    train, test = (Synthetic(n, args.num_classes or 1000, input_size[1:], seed) for seed, n in enumerate(counts))
+    return train, test
 
 
 def _class_map(path: Path) -> list[str]:
@@ -241,29 +232,26 @@ def _class_map(path: Path) -> list[str]:
     return names
 
 
-def _some(label: str, names: set[str]) -> str:
-    shown = ", ".join(sorted(names)[:5])
-    return f"{label} {shown}{', ...' if len(names) > 5 else ''}" if names else ""
-
-
 def _split_folders(args: argparse.Namespace) -> tuple[Path, Path]:
     root = Path(args.data_dir)
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: {'not a folder' if root.exists() else 'no such folder'}")
     train, test = (_split_folder(root, flag, getattr(args, flag)) for flag in ("train_split", "val_split"))
-    for folder in (train, test):
-        _check_class_folders(folder)
+    for path in (train, test):
+        if path.is_dir():
+            _check_class_folders(path)
     return train, test
 
 
 def _split_folder(root: Path, flag: str, split: str) -> Path:
     names = next((group for group in SPLIT_NAMES if split in group), (split,))
     for name in (split, *names):
-        if (root / name).is_dir():
-            return root / name
+        for path in (root / name, root / f"{name}.tar"):
+            if path.is_dir() or (path.suffix == ".tar" and path.is_file()):
+                return path
     there = sorted(entry.name for entry in root.iterdir() if entry.is_dir())[:5]
     raise UserError(
-        f"--data-dir {root} has no folder {' or '.join(names)} (--{flag.replace('_', '-')}); "
+        f"--data-dir {root} has no folder or .tar file {' or '.join(names)} (--{flag.replace('_', '-')}); "
         f"it has {', '.join(there) or 'no folders'}"
     )
 

@@ -2,31 +2,33 @@
 
 import argparse
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data import Mixup
+from safetensors.torch import load_file
 from timm.layers import convert_sync_batchnorm
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import model_parameters
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import sharding
 from .checkpoint import random_state, set_random_state
 from .cli import UserError
-from .data import Data
+from .criterion import criterion_for, mixup_for
+from .data import Data, Stream
+from .distillation import DistillationObjective, teacher_for
 from .evaluation import Evaluation, evaluate
 from .loaders import TrainLoader, test_loader
+from .loss_check import LossCheck
 from .objectives import objective_for
 from .processes import Processes
 from .progress import Progress
+from .schedule import load_schedule, optimizer_and_schedule, schedule_state
 
 
 class LossNotFinite(UserError):
@@ -68,35 +70,54 @@ class Engine:
             model = convert_sync_batchnorm(model)
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.memory_format)
-        self.mixup, criterion = _mixup_and_loss(args, len(data.class_names))
-        self.objective = objective_for(model, criterion, args)  # before the optimizer: it may freeze parts
+        classes = len(data.class_names)
+        self.mixup = mixup_for(args, classes)
+        criterion = criterion_for(args, bool(self.mixup)).to(self.device)
+        if args.kd_model_name:
+            teacher = teacher_for(args, classes, data_config).to(self.device).to(memory_format=self.memory_format)
+            norm = (data_config["mean"], data_config["std"])
+            self.objective: Any = DistillationObjective(model, criterion, teacher, norm, args)
+        else:
+            self.objective = objective_for(model, criterion, args)  # before the optimizer: it may freeze parts
         self.ema = (
             ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         )
+        if args.fsdp:
+            sharding.shard(model, self.device)
+            if self.ema:
+                sharding.shard(self.ema.module, self.device)
         self.train_batches = TrainLoader(data.train, args, data_config, processes)
         self.test_batches = test_loader(data.test, args, data_config, processes)
         self.updates_per_epoch = math.ceil(len(self.train_batches) / args.grad_accum_steps)
-        try:
-            self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
-            self.scheduler, self.epochs = create_scheduler_v2(
-                self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch
-            )
-        except (ValueError, AssertionError, TypeError) as error:
-            raise UserError(f"--opt {args.opt} with --sched {args.sched}: {error}") from error
-        if self.scheduler is None:
-            raise UserError(f"--sched {args.sched}: the installed timm {timm.__version__} does not know it")
-        self.scaler = NativeScaler(self.device.type) if args.amp and args.amp_dtype == "float16" else None
-        # The compiled module shares the parameters; state and weights are taken from the plain one.
-        self.wrapped = processes.wrap(model)
-        self.call = self._compiled(self.wrapped) if args.torchcompile else self.wrapped
+        self.optimizer, self.scheduler, self.epochs = optimizer_and_schedule(model, args, self.updates_per_epoch)
+        self.scaler = torch.amp.GradScaler(self.device.type) if args.amp and args.amp_dtype == "float16" else None
+        self.clipped = list(model_parameters(model, exclude_head=args.clip_mode == "agc")) if args.clip_grad else []
         # Batch norms note every batch that they see; a bad one has to be forgotten.
         self.statistics = [
             value for name, value in model.named_buffers() if name.endswith(("running_mean", "running_var"))
         ]
         self.statistics_before = [value.clone() for value in self.statistics]
+        self.check = LossCheck(processes)
         self.epoch = self.updates = self.bad_batches = 0
         self.healthy = True  # whether the update that is being made is still to be made
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.frozen: bool | None = None
         self._begin_epoch()
+
+    def _wrap(self) -> None:
+        # The compiled module shares the parameters; state and weights are taken from the plain one.
+        self.wrapped = self.model if self.args.fsdp else self.processes.wrap(self.model)
+        self.call = self._compiled(self.wrapped) if self.args.torchcompile else self.wrapped
+
+    def _freeze(self, frozen: bool) -> None:
+        """Train the classifier alone, or all that is to be trained."""
+        if frozen == self.frozen:
+            return
+        self.frozen, model = frozen, self.model
+        head = {id(parameter) for parameter in model.get_classifier().parameters()} if frozen else set()  # type: ignore
+        for parameter in self.trained:
+            parameter.requires_grad_(not frozen or id(parameter) in head)
+        self._wrap()  # DistributedDataParallel exchanges what is trained when it wraps
 
     def _compiled(self, model: nn.Module) -> Any:
         return torch.compile(model, backend=self.args.torchcompile, mode=self.args.torchcompile_mode)
@@ -120,7 +141,9 @@ class Engine:
         self.batch = self.batch_now = self.images = 0
         self.last_bad: LossNotFinite | None = None
         self.loss = torch.zeros((), device=self.device)
+        self.waited = 0.0  # seconds for data, of those that this process trained in the epoch
         self.epoch_lr = self.lr
+        self._freeze(self.epoch < self.args.freeze_epochs)
 
     def train_epoch(self, pause: Callable[[], None]) -> float:
         """Train to the end of the epoch, from wherever in it the engine is, and return the mean loss.
@@ -133,13 +156,17 @@ class Engine:
         """
         batches, steps = len(self.train_batches), self.args.grad_accum_steps
         if self.batch < batches:
-            self.model.train()
+            self.model.train(not self.frozen)
+            if self.frozen:
+                self.model.get_classifier().train()  # type: ignore[operator]
             if self.mixup and self.args.mixup_off_epoch and self.epoch >= self.args.mixup_off_epoch:
                 self.mixup.mixup_enabled = False
             self.train_batches.start_at(self.epoch, self.batch)
             label = f"epoch {self.epoch + 1:>{len(str(self.epochs))}}/{self.epochs}"
             with Progress(label, (batches - self.batch) * self.args.batch_size * self.processes.count) as progress:
+                asked = time.perf_counter()
                 for i, (images, targets) in enumerate(self.train_batches, self.batch):
+                    self.waited += time.perf_counter() - asked
                     if i % steps == 0:
                         self.batch = i
                         pause()
@@ -152,19 +179,35 @@ class Engine:
                     if loss is not None:
                         self.loss += loss * len(images)
                         self.images += len(images)
-                    progress.advance(len(images) * self.processes.count)
+                    progress.advance(self.args.batch_size * self.processes.count)
                     if progress.due():
-                        progress.draw(loss=f"{float(self.loss) / max(self.images, 1):.3f}", lr=f"{self.lr:.1e}")
+                        progress.draw(**self._figures(progress))
+                    asked = time.perf_counter()
             self.batch = batches
         losses = self.processes.gather(self.loss)  # every process has seen as many images
         if self.last_bad and not self.images:  # however many are allowed, an epoch of nothing else is over
             raise self.last_bad
         return float(losses.mean() / self.images)
 
-    def end_epoch(self) -> None:
-        """Go on to the next epoch, after :meth:`train_epoch` and what was to be done with its weights."""
+    def _figures(self, progress: Progress) -> dict[str, str]:
+        figures = {"loss": f"{float(self.loss) / max(self.images, 1):.3f}", "lr": f"{self.lr:.1e}"}
+        figures["data wait"] = f"{self.waited / max(progress.elapsed, 1e-9):.0%}"
+        if memory := self.memory():
+            figures["GPU"] = f"{memory:.1f} GiB"
+        return figures
+
+    def memory(self) -> float:
+        """GiB of the GPU that were in use at most; 0 without a GPU."""
+        return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
+
+    def end_epoch(self, metric: float | None = None) -> None:
+        """Go on to the next epoch, after :meth:`train_epoch` and what was to be done with its weights.
+
+        Args:
+            metric: What a plateau schedule looks at.
+        """
         self.epoch += 1
-        self.scheduler.step(self.epoch)
+        self.scheduler.step(self.epoch, metric)
         self._begin_epoch()
 
     def _exchange(self, update: bool) -> Any:
@@ -189,37 +232,31 @@ class Engine:
             torch._foreach_copy_(self.statistics_before, self.statistics)
         with self._autocast():
             loss = self.objective(self.call, images, targets, self.updates)
-        # Asked before the backward pass is queued, the GPU has work again as soon as the answer is there.
-        own = math.isfinite(value := float(loss.detach()))
-        (bad,) = self.processes.largest(int(not own))
+        self.check.ask(loss)
+        loss_share = loss / group
+        (self.scaler.scale(loss_share) if self.scaler else loss_share).backward()
+        value, bad = self.check.answer()
         if bad:
             self.healthy = False
             if self.statistics:
                 torch._foreach_copy_(self.statistics, self.statistics_before)
             self._count_bad(value, images, targets)
-            if update:
-                self._end_update(False)
-            return None
-        clip, mode = self.args.clip_grad, self.args.clip_mode
-        parameters = list(model_parameters(self.model, exclude_head=mode == "agc")) if clip and update else []
-        if self.scaler:
-            self.scaler(
-                loss / group,
-                self.optimizer,
-                clip_grad=clip,
-                clip_mode=mode,
-                parameters=parameters,
-                need_update=update,
-            )
-        else:
-            (loss / group).backward()
-            if update:
-                if clip:
-                    dispatch_clip_grad(parameters, clip, mode=mode)
-                self.optimizer.step()
+        elif update:
+            self._update()
         if update:
-            self._end_update(True)
-        return loss.detach()
+            self._end_update(not bad)
+        return None if bad else loss.detach()
+
+    def _update(self) -> None:
+        if self.scaler and self.clipped:
+            self.scaler.unscale_(self.optimizer)
+        if self.clipped:
+            dispatch_clip_grad(self.clipped, self.args.clip_grad, mode=self.args.clip_mode)
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
 
     def _end_update(self, done: bool) -> None:
         self.optimizer.zero_grad()
@@ -251,7 +288,7 @@ class Engine:
         Args:
             pause: Called before every batch. It may raise.
         """
-        self.processes.share_statistics(self.weights)
+        self.processes.share_statistics(self.weights, reduce=self.args.dist_bn == "reduce")
         self.weights.eval()
         # The average has parameters of its own, which the compiled model does not see; and every process tests alone.
         call = self.weights if self.ema or self.processes.count > 1 else self.call
@@ -260,13 +297,18 @@ class Engine:
             with self._autocast():
                 return call(images.contiguous(memory_format=self.memory_format))
 
-        return evaluate(classify, self.test_batches, len(self.data.test), self.processes, pause)
+        indexed = not isinstance(self.data.test, Stream)
+        return evaluate(classify, self.test_batches, len(self.data.test), self.processes, pause, indexed)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on between two updates as if nothing had happened.
 
         The learning rate and the order of the images are functions of the position.
         """
+        if self.args.fsdp:
+            optimizer = sharding.whole_optimizer(self.model, self.optimizer)
+        else:
+            optimizer = self.optimizer.state_dict()
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -274,11 +316,29 @@ class Engine:
             "images": self.images,
             "bad_batches": self.bad_batches,
             "epoch_lr": self.epoch_lr,
-            "model": self.model.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
+            "model": self._whole(self.model),
+            "ema": self._whole(self.ema.module) if self.ema else None,
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict() if self.scaler else None,
+            "schedule": schedule_state(self.scheduler),
         } | self.own_state()
+
+    def _whole(self, model: nn.Module) -> dict[str, Any]:
+        return sharding.whole_model(model) if self.args.fsdp else model.state_dict()
+
+    def weights_state(self) -> dict[str, Any]:
+        """The state of :attr:`weights`; with ``--fsdp`` all processes must ask and the first one gets it."""
+        return self._whole(self.weights)
+
+    def load_weights(self, path: Path) -> None:
+        """Give :attr:`weights` what a file holds."""
+        self._load(self.weights, load_file(path))
+
+    def _load(self, model: nn.Module, state: dict[str, Any]) -> None:
+        if self.args.fsdp:
+            sharding.load_model(model, state)
+        else:
+            model.load_state_dict(state)
 
     def own_state(self) -> dict[str, Any]:
         """The part of :meth:`state_dict` that every process has another of."""
@@ -290,15 +350,16 @@ class Engine:
         Its ``others`` are what :meth:`own_state` gave in the processes after the first.
         """
         self.epoch, self.updates = state["epoch"], state["updates"]
-        self.model.load_state_dict(state["model"])
+        self._load(self.model, state["model"])
         if self.ema:
-            self.ema.module.load_state_dict(state["ema"] or state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            self._load(self.ema.module, state["ema"] or state["model"])
+        if self.args.fsdp:
+            sharding.load_optimizer(self.model, self.optimizer, state["optimizer"])
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        # timm's schedules are functions of the position alone.
-        self.scheduler.step(self.epoch)
-        self.scheduler.step_update(self.updates)
+        load_schedule(self.scheduler, state.get("schedule"), self.epoch, self.updates)
         self._begin_epoch()
         self.bad_batches = state.get("bad_batches", 0)
         self.data.train.mark_unreadable(state.get("unreadable", []))
@@ -309,27 +370,3 @@ class Engine:
             set_random_state(own[0]["random"])
             if self.batch:
                 self.loss = own[0]["loss"].to(self.device)
-
-
-def _mixup_and_loss(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
-    mixup = None
-    if args.mixup or args.cutmix:
-        mixup = Mixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
-        )
-    loss: nn.Module
-    if args.bce_loss:
-        loss = BinaryCrossEntropy(smoothing=0.0 if mixup else args.smoothing)
-    elif mixup:
-        loss = SoftTargetCrossEntropy()
-    elif args.smoothing:
-        loss = LabelSmoothingCrossEntropy(args.smoothing)
-    else:
-        loss = nn.CrossEntropyLoss()
-    return mixup, loss

@@ -70,6 +70,7 @@ def evaluate(
     count: int,
     processes: Processes,
     pause: Callable[[], None] = lambda: None,
+    indexed: bool = True,
 ) -> Evaluation:
     """Classify images.
 
@@ -79,17 +80,27 @@ def evaluate(
         count: Images of all processes.
         processes: Those that share the images.
         pause: Called before every batch. It may raise.
+        indexed: Whether every process has as many batches. Without, those of one after the other are joined, and
+            nothing that processes do together happens in between.
     """
     parts: list[Tensor] = []
     with Progress("testing", count) as progress:
         for images, targets in batches:
-            pause()
+            if indexed:
+                pause()
             parts.append(_judge(classify(images).float(), targets))
             progress.advance(len(images) * processes.count)
             if progress.due():
                 progress.draw()
+    if not indexed:
+        several = [part for part in processes.collect(torch.cat(parts, 1).cpu() if parts else None) if part is not None]
+        return _evaluation(torch.cat(several, 1))
     # (processes, columns, images) back to the order of the dataset, less the images that were given out twice.
     table = processes.gather(torch.cat(parts, 1)).permute(1, 2, 0).flatten(1)[:, :count]
+    return _evaluation(table)
+
+
+def _evaluation(table: Tensor) -> Evaluation:
     losses, ranks, targets, confidences, *top = table.cpu().numpy()
     return Evaluation(losses, ranks.astype(int), targets.astype(int), confidences, np.stack(top, 1).astype(int))
 

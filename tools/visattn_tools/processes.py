@@ -19,6 +19,11 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def process_rank() -> int:
+    """The number of this one of them; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
 class Processes:
     """Those that torchrun started, or this one alone. Use as a context manager.
 
@@ -83,10 +88,10 @@ class Processes:
             return model
         return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
 
-    def share_statistics(self, model: nn.Module) -> None:
-        """Give all processes the first one's running statistics of batch norms: those that are saved."""
+    def share_statistics(self, model: nn.Module, reduce: bool = False) -> None:
+        """Give all processes the running statistics of batch norms that are saved: the first one's, or their mean."""
         if self.count > 1:
-            distribute_bn(model, self.count, reduce=False)
+            distribute_bn(model, self.count, reduce=reduce)
 
 
 class StopSignals:

@@ -15,6 +15,7 @@ from .evaluation import Evaluation
 from .files import replacing
 from .routing_picture import draw_routing
 from .run_folder import RunFolder
+from .sources import Source
 
 INK, MUTED, BLUE, ORANGE, RED = "#1f2933", "#7b8794", "#2b6cb0", "#dd6b20", "#c53030"
 STYLE: Any = {
@@ -43,20 +44,22 @@ def write(
     info: ModelInfo,
 ) -> list[Path]:
     """Write every picture that the run can have and return their paths."""
-    shown = _interesting(result)
+    source = data.test.source
     with matplotlib.rc_context(STYLE):
         figures: dict[Path, Figure | None] = {
             folder.curves: draw_curves(history),
             folder.confusion: draw_confusion(result, info.class_names),
-            folder.predictions: draw_predictions(result, data, shown),
-            folder.routing: draw_routing(model, [data.test.source[i][0] for i in _clear(result)], info.data_config),
         }
+        if source is not None:
+            figures[folder.predictions] = draw_predictions(result, source, _interesting(result))
+            figures[folder.routing] = draw_routing(model, [source[i][0] for i in _clear(result)], info.data_config)
         for path, figure in figures.items():
             if figure:
                 with replacing(path) as temporary:
                     figure.savefig(temporary, dpi=120, facecolor="white")
-    with replacing(folder.example) as temporary:
-        data.test.source[0][0].save(temporary)
+    if source is not None:
+        with replacing(folder.example) as temporary:
+            source[0][0].save(temporary)
     return [path for path, figure in figures.items() if figure]
 
 
@@ -129,7 +132,7 @@ def draw_confusion(result: Evaluation, class_names: list[str]) -> Figure:
     return figure
 
 
-def draw_predictions(result: Evaluation, data: Data, shown: list[int]) -> Figure:
+def draw_predictions(result: Evaluation, source: Source, shown: list[int]) -> Figure:
     """Held-out images with true class, predicted class and confidence; errors first, in red."""
     columns = 8
     rows = math.ceil(len(shown) / columns)
@@ -139,10 +142,10 @@ def draw_predictions(result: Evaluation, data: Data, shown: list[int]) -> Figure
     for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
         axes.axis("off")
     for axes, i in zip(grid.flat, shown):
-        target, prediction = data.class_names[result.targets[i]], data.class_names[result.predictions[i]]
+        target, prediction = source.class_names[result.targets[i]], source.class_names[result.predictions[i]]
         right = target == prediction
         text = _short(target) if right else f"{_short(target)} → {_short(prediction)}"
-        axes.imshow(data.test.source[i][0])
+        axes.imshow(source[i][0])
         axes.set_title(
             f"{text}  {result.confidences[i]:.0%}", fontsize=8.5, loc="center", pad=3, color=INK if right else RED
         )

@@ -13,13 +13,13 @@ import visattn
 from .checkpoint import load_newest_state
 from .cli import UserError
 from .config import saved_config
-from .data import Data
+from .data import Data, Stream
 from .processes import Processes
 from .run_folder import RunFolder
 
-IDENTITY = ("model", "model_kwargs", "dataset", "opt", "model_ema", "strategy")
+IDENTITY = ("model", "model_kwargs", "dataset", "opt", "model_ema", "strategy", "fsdp")
 """Flags that a resumed run must share with the run it goes on with."""
-POSITION = ("batch_size", "grad_accum_steps", "seed")
+POSITION = ("batch_size", "grad_accum_steps", "seed", "aug_repeats")
 """Flags that it must share besides, if that run stopped within an epoch: they say which images were seen."""
 
 
@@ -38,7 +38,7 @@ def resumable_state(folder: RunFolder, args: argparse.Namespace, data: Data, pro
     state = load_newest_state(folder.state)
     before, now = state["config"], saved_config(args)
     for key in IDENTITY:
-        if before.get(key) != now[key]:
+        if before.get(key, now[key]) != now[key]:
             flag = f"--{key.replace('_', '-')}"
             raise UserError(f"--resume: {folder.path} was run with {flag} {before.get(key)}, not {now[key]}")
     if state["class_names"] != data.class_names:
@@ -48,9 +48,11 @@ def resumable_state(folder: RunFolder, args: argparse.Namespace, data: Data, pro
     if state.get("batch"):
         _check_position(folder, args, data, state, processes)
     changed = [
-        f"{key} {before.get(key)} -> {now[key]}"
+        f"{key} {before[key]} -> {now[key]}"
         for key in now
-        if before.get(key) != now[key] and key not in ("output", "experiment", "lr")
+        if key in before  # an older version did not know all flags
+        and before[key] != now[key]
+        and key not in ("output", "experiment", "lr")
     ]
     if state.get("processes", 1) != processes.count:
         changed.append(f"processes {state.get('processes', 1)} -> {processes.count}")
@@ -65,8 +67,8 @@ def _check_position(
     folder: RunFolder, args: argparse.Namespace, data: Data, state: dict[str, Any], processes: Processes
 ) -> None:
     where = f"--resume: {folder.path} stopped within epoch {state['epoch'] + 1}, after {state['batch']} batches"
-    for key in POSITION:
-        before, now = state["config"][key], getattr(args, key)
+    for key in (*POSITION, *(("workers",) if isinstance(data.train, Stream) else ())):
+        before, now = state["config"].get(key, getattr(args, key)), getattr(args, key)
         if before != now:
             flag = f"--{key.replace('_', '-')}"
             raise UserError(f"{where}: with {flag} {now} the epoch would be another; give {flag} {before}")

@@ -35,11 +35,20 @@ class RunFolder:
         self.routing = path / "routing.png"
         self.example = path / "example.png"
         self.unreadable = path / "unreadable.txt"
+        self.augmentation = path / "augmentation.yaml"
         self.bad_batch = path / "bad_batch.safetensors"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
         self.best = self.checkpoints / "best.safetensors"
         self.state = self.checkpoints / "state.pt"
+
+    def of_epoch(self, epoch: int) -> Path:
+        """Weights of one of the best epochs."""
+        return self.checkpoints / f"epoch-{epoch:04d}.safetensors"
+
+    def epochs(self) -> list[Path]:
+        """Those of :meth:`of_epoch` that are there."""
+        return sorted(self.checkpoints.glob("epoch-*.safetensors"))
 
     @property
     def resumable(self) -> bool:

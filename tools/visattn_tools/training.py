@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
-from timm.data import resolve_data_config
-from torch import nn
 
 import visattn
 
 from . import report
+from .augment import Albumentations
 from .benchmark import hardware
-from .checkpoint import ModelInfo, mismatch, read_header, save_state, save_tensors, save_weights
+from .checkpoint import ModelInfo, load_model, save_state, save_tensors, save_weights
 from .cli import Interrupted, UserError
 from .config import config_hash, parse_train_args, saved_config
 from .data import open_data
 from .engine import Engine, LossNotFinite
 from .files import previous_name, write_text
+from .model_setup import create_model, data_config_for
 from .processes import Processes, StopSignals
 from .progress import duration
 from .resume import resumable_state, versions
 from .run_folder import RunFolder
+from .trackers import Trackers
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,7 +55,8 @@ def _train(args: argparse.Namespace, processes: Processes) -> RunFolder:
     folder = RunFolder.choose(args)
     # auto starts afresh where there is nothing to go on with, so that one command serves both in a job script.
     resume = bool(args.resume) and (args.resume != "auto" or folder.resumable)
-    data_config = _data_config(args)
+    data_config = data_config_for(args)
+    trackers = Trackers(args)  # which may lack their packages
     data = open_data(args, data_config["input_size"])
     least, most = processes.largest(-int(resume), int(resume))
     if -least != most:
@@ -64,7 +65,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> RunFolder:
     random.seed(args.seed)
     np.random.seed(args.seed)  # noqa: NPY002  timm draws from the global generator
     torch.manual_seed(args.seed)
-    model = _create_model(args, len(data.class_names), data_config)
+    model = create_model(args, len(data.class_names), data_config)
     if args.lr is None:
         share = args.batch_size * args.grad_accum_steps * processes.count / args.lr_base_size
         args.lr = args.lr_base * (share**0.5 if args.lr_base_scale == "sqrt" else share)
@@ -75,68 +76,22 @@ def _train(args: argparse.Namespace, processes: Processes) -> RunFolder:
     processes.largest(0)  # all have read what an earlier run left before the folder changes
     if processes.first:
         folder.create(args, fresh=state is None)
+        if isinstance(data.train.transform, Albumentations):
+            write_text(folder.augmentation, data.train.transform.text())
+        trackers.start(folder)
     info = ModelInfo(args.model, len(data.class_names), args.model_kwargs, data.class_names, data_config)
-    _Run(args, folder, engine, info).fit(state)
+    with trackers:
+        _Run(args, folder, engine, info, trackers).fit(state)
     return folder
-
-
-def _data_config(args: argparse.Namespace) -> dict[str, Any]:
-    cfg = timm.get_pretrained_cfg(args.model)
-    config = resolve_data_config(vars(args), pretrained_cfg=cfg.to_dict() if cfg else {"input_size": (3, 224, 224)})
-    size = args.img_size
-    settable = {"img_size", "dynamic_img_size", "strict_img_size"} & args.model_kwargs.keys()
-    if size and cfg and cfg.fixed_input_size and size != cfg.input_size[-1] and not settable:
-        raise UserError(
-            f"--img-size {size}: {args.model} is made for {cfg.input_size[-1]}; "
-            f"add --model-kwargs img_size={size}, or leave --img-size out"
-        )
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
-
-
-def _create_model(args: argparse.Namespace, num_classes: int, data_config: dict[str, Any]) -> nn.Module:
-    kwargs = {"num_classes": num_classes, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
-    kwargs = {key: value for key, value in kwargs.items() if value is not None} | args.model_kwargs
-    if args.pretrained_path:
-        kwargs["pretrained_cfg_overlay"] = {"file": args.pretrained_path}
-    try:
-        model: Any = timm.create_model(args.model, pretrained=bool(args.pretrained or args.pretrained_path), **kwargs)
-    except (TypeError, ValueError, RuntimeError, OSError) as error:  # our models say which argument is wrong
-        raise UserError(f"--model {args.model} {_shown(kwargs)}: {error}") from error
-    if args.initial_checkpoint:
-        path = Path(args.initial_checkpoint)
-        problem = mismatch(read_header(path)[1], model)
-        if problem:
-            raise UserError(f"--initial-checkpoint {path} does not fit {args.model}: {problem}")
-        timm.models.load_checkpoint(model, str(path))
-    if args.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing(enable=True)
-        except (AttributeError, AssertionError):
-            raise UserError(f"--grad-checkpointing: {args.model} has none") from None
-    _probe(model, args, data_config)
-    return model
-
-
-def _probe(model: nn.Module, args: argparse.Namespace, data_config: dict[str, Any]) -> None:
-    # One image now rather than an error after the data has been read: the size may not suit the model.
-    try:
-        with torch.inference_mode():
-            model.eval()
-            model(torch.zeros(1, *data_config["input_size"]))
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        size = "x".join(map(str, data_config["input_size"][1:]))
-        raise UserError(f"--img-size: {args.model} does not take {size} images: {error}") from error
-
-
-def _shown(kwargs: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in kwargs.items())
 
 
 class _Run:
     """The loop over epochs, its records and its end."""
 
-    def __init__(self, args: argparse.Namespace, folder: RunFolder, engine: Engine, info: ModelInfo) -> None:
-        self.args, self.folder, self.engine, self.info = args, folder, engine, info
+    def __init__(
+        self, args: argparse.Namespace, folder: RunFolder, engine: Engine, info: ModelInfo, trackers: Trackers
+    ) -> None:
+        self.args, self.folder, self.engine, self.info, self.trackers = args, folder, engine, info, trackers
         self.processes = engine.processes
         self.history: list[dict[str, Any]] = []
         self.unreadable: list[int] = []
@@ -144,7 +99,11 @@ class _Run:
     @property
     def best(self) -> dict[str, Any]:
         """The best epoch so far, the first one of equals."""
-        return max(self.history, key=lambda row: row["eval_top1"])
+        return max(self.history, key=self._merit)
+
+    def _merit(self, row: dict[str, Any]) -> float:
+        metric = self.args.eval_metric
+        return -row["eval_loss"] if metric == "loss" else row[f"eval_{metric}"]
 
     def fit(self, state: dict[str, Any] | None) -> None:
         engine, folder, data = self.engine, self.folder, self.engine.data
@@ -231,22 +190,28 @@ class _Run:
             "eval_top5": result.top5,
             "lr": engine.epoch_lr,
         }
-        engine.end_epoch()
+        waited = engine.waited
+        engine.end_epoch(row[f"eval_{self.args.eval_metric}"])
         self.history.append(row)
         best = self.best is row
         # The state goes last: it is what a resumed run believes.
         if best:
             self._save_weights(self.folder.best)
+        self._save_among_the_best(row)
         self._checkpoint()
         if self.processes.first:
             self.folder.write_summary(self.history)
         self._list_unreadable()
         rate = (len(engine.train_batches) - first) * self.args.batch_size * self.processes.count / seconds
-        self._log("epoch", **row, seconds=round(seconds, 3), images_per_second=round(rate, 1))
+        measured = {"seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
+        measured |= {"data_wait": round(waited / seconds, 4), "gpu_gib": round(engine.memory(), 2)}
+        self._log("epoch", **row, **measured)
+        self.trackers.log(row | measured)
         print(
             f"epoch {engine.epoch:>{len(str(engine.epochs))}}/{engine.epochs}  train loss {loss:.3f}  "
             f"held-out loss {result.loss:.3f}  top-1 {result.top1:5.2f} %  lr {row['lr']:.1e}  "
-            f"{rate:.0f} images/s  {duration(seconds)}{'  best' if best else ''}",
+            f"{rate:.0f} images/s  {waited / seconds:.0%} data wait  "
+            f"{duration(seconds)}{'  best' if best else ''}",
             flush=True,
         )
 
@@ -256,7 +221,7 @@ class _Run:
         self.unreadable = images.unreadable
         if self.unreadable == before or not self.processes.first:
             return
-        names = [images.source.name(index) for index in self.unreadable]
+        names = [images.source.name(index) for index in self.unreadable] if images.source else []
         write_text(self.folder.unreadable, "".join(f"{name}\n" for name in names))
         self._log("unreadable", images=names)
         print(f"{len(names)} training images cannot be read and were replaced: see {self.folder.unreadable}")
@@ -278,23 +243,35 @@ class _Run:
         if self.processes.first:
             self.folder.log(event, **values)
 
+    def _save_among_the_best(self, row: dict[str, Any]) -> None:
+        ranking = sorted(self.history, key=self._merit, reverse=True)[: self.args.checkpoint_hist]
+        if row in ranking:
+            self._save_weights(self.folder.of_epoch(row["epoch"]))
+        if self.processes.first and self.args.checkpoint_hist:
+            kept = {self.folder.of_epoch(kept["epoch"]) for kept in ranking}
+            for path in self.folder.epochs():
+                if path not in kept:
+                    path.unlink()
+
     def _save_weights(self, path: Path) -> None:
+        weights = self.engine.weights_state()
         if not self.processes.first:
             return
         self.info.source = {"epoch": self.engine.epoch, "seed": self.args.seed, "visattn": visattn.__version__}
-        if path == self.folder.best:
+        if path != self.folder.last:
             self.info.source["top1"] = self.history[-1]["eval_top1"]
         previous = previous_name(path) if path == self.folder.last else None
-        save_weights(path, self.engine.weights.state_dict(), self.info, previous)
+        save_weights(path, weights, self.info, previous)
 
     def _save_state(self) -> None:
         own = self.processes.collect(self.engine.own_state())
+        state = self.engine.state_dict()
         if not self.processes.first:
             return
         save_state(
             self.folder.state,
             {
-                **self.engine.state_dict(),
+                **state,
                 "processes": self.processes.count,
                 "others": own[1:],
                 "history": self.history,
@@ -323,15 +300,19 @@ class _Run:
         engine, folder = self.engine, self.folder
         best, last = self.best, self.history[-1]
         # The pictures show the saved file, not what happens to be in memory.
-        timm.models.load_checkpoint(engine.weights, str(folder.best))
+        engine.load_weights(folder.best)
         result = engine.evaluate()
         if not self.processes.first:
             return
-        pictures = report.write(folder, self.history, result, engine.weights, engine.data, self.info)
+        model = load_model(folder.best)[0] if self.args.fsdp else engine.weights  # of which this process has a shard
+        pictures = report.write(folder, self.history, result, model, engine.data, self.info)
         print(f"best held-out top-1 {best['eval_top1']:.2f} % in epoch {best['epoch']}, last {last['eval_top1']:.2f} %")
         print(f"pictures: {', '.join(str(path) for path in pictures)}")
-        if folder.routing not in pictures:
+        if engine.data.test.source is None:
+            print("no pictures of single images: the held-out ones are a stream")
+        elif folder.routing not in pictures:
             print(f"no {folder.routing.name}: {self.args.model} has no routed attention")
         self._log("end", best_epoch=best["epoch"], best_top1=best["eval_top1"])
-        files = f"{shlex.quote(str(folder.best))} {shlex.quote(str(folder.example))}"
+        example = folder.example if folder.example.exists() else "IMAGE"
+        files = f"{shlex.quote(str(folder.best))} {shlex.quote(str(example))}"
         print(f"to use it: python tools/predict.py --checkpoint {files}", flush=True)

@@ -1,0 +1,105 @@
+"""Knowledge distillation from any model of timm or visattn, through timm's task helpers."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .cli import UserError, nearest
+from .objectives import Criterion, Objective
+
+
+class DistillationObjective(Objective):
+    """The criterion of the student's logits and their divergence from the teacher's, as timm's task weighs them.
+
+    Args:
+        model: The student.
+        criterion: Loss of logits and targets.
+        teacher: A trained model of the same classes.
+        student_norm: Mean and standard deviation that the images come with.
+        args: ``--kd-temperature``, ``--distill-loss-weight``, ``--task-loss-weight``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        teacher: nn.Module,
+        student_norm: tuple[list[float], list[float]],
+        args: argparse.Namespace,
+    ) -> None:
+        super().__init__(model, criterion)
+        from timm.task import LogitDistillationTask  # timm has it since 1.0.23
+
+        device = next(model.parameters()).device
+        teacher.requires_grad_(False)
+        self.task = LogitDistillationTask(
+            student_model=model,
+            teacher_model=teacher,
+            criterion=criterion,  # type: ignore[arg-type]
+            distill_loss_weight=args.distill_loss_weight,
+            task_loss_weight=args.task_loss_weight,
+            temperature=args.kd_temperature,
+            device=device,
+            verbose=False,
+        ).to(device)
+        own_mean, own_std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in student_norm)
+        teacher_part: Any = self.task.teacher
+        scale, shift = own_std / teacher_part.std_kd, (own_mean - teacher_part.mean_kd) / teacher_part.std_kd
+        same = bool((scale == 1).all() and (shift == 0).all())
+        # timm's own compares the two on every step, for which the host would wait for the GPU.
+        teacher_part.normalize_input = lambda images, *_: images if same else images * scale + shift
+
+    def __call__(self, call: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, step: int) -> Tensor:
+        self.task.trainable_module = cast(nn.Module, call)  # it may be compiled or wrapped
+        return self.task(images, targets)["loss"]
+
+
+def check_distillation(args: argparse.Namespace) -> None:
+    """Check the flags of distillation.
+
+    Raises:
+        UserError: Flags that do not go together, an unknown model or a file that is not there.
+    """
+    if not args.kd_model_name:
+        for flag in ("kd_model_path", "distill_loss_weight", "task_loss_weight"):
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag.replace('_', '-')} needs --kd-model-name")
+        return
+    if args.strategy:
+        raise UserError("--kd-model-name and --strategy exclude each other: a strategy brings its own teacher")
+    if not timm.is_model(args.kd_model_name):
+        raise UserError(
+            f"--kd-model-name {args.kd_model_name}: no such model{nearest(args.kd_model_name, timm.list_models())}"
+        )
+    if args.kd_model_path and not Path(args.kd_model_path).is_file():
+        raise UserError(f"--kd-model-path {args.kd_model_path}: no such file")
+
+
+def teacher_for(args: argparse.Namespace, num_classes: int, data_config: dict[str, Any]) -> nn.Module:
+    """The teacher with its weights.
+
+    Raises:
+        UserError: Its weights cannot be had, are of other classes, or it does not take images of this size.
+    """
+    overlay = {"file": args.kd_model_path, "num_classes": num_classes} if args.kd_model_path else None
+    flag = f"--kd-model-name {args.kd_model_name}"
+    try:
+        teacher: Any = timm.create_model(
+            args.kd_model_name, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay
+        )
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"{flag}: {error}") from error
+    own = teacher.pretrained_cfg.get("num_classes")
+    if own != num_classes:
+        raise UserError(f"{flag}: its weights are of {own} classes, the data of {num_classes}")
+    try:
+        with torch.inference_mode():
+            teacher.eval()(torch.zeros(1, *data_config["input_size"]))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"{flag} does not take images of {data_config['input_size']}: {error}") from error
+    return teacher
