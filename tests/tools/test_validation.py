@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import shutil
 import signal
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,7 +119,9 @@ def test_classes_are_matched_by_name(tmp_path: Path, image_folder: Path, validat
 
 def test_classes_that_do_not_match(tmp_path: Path, weights: Path, image_folder: Path, validate: Callable) -> None:
     path = _save(tmp_path / "other.safetensors", ["ant", "bee", "cat"])
-    with pytest.raises(UserError, match=r"was not trained on: blue, green, red; it knows ant, bee, cat.* --class-map"):
+    with pytest.raises(
+        UserError, match=r"not trained on the classes blue, green, red; it knows ant, bee, cat.* --class-map"
+    ):
         validate(path)
     class_map = tmp_path / "classes.txt"
     class_map.write_text("red\ngreen\nblue\n")
@@ -131,10 +135,10 @@ def test_classes_that_do_not_match(tmp_path: Path, weights: Path, image_folder: 
     unnamed = tmp_path / "unnamed.safetensors"
     model = timm.create_model("test_efficientnet", num_classes=5)
     save_weights(unnamed, model.state_dict(), ModelInfo("test_efficientnet", 5, {}, [], CONFIG))
-    with pytest.raises(UserError, match=r"has 3 classes and test_efficientnet 5 outputs, whose names are not known"):
+    with pytest.raises(UserError, match=r"there are 3 classes, and 5 outputs of test_efficientnet, whose names"):
         validate(unnamed)
     with pytest.raises(
-        UserError, match=r"the digits has classes that test_efficientnet was not trained on: 0, 1, 2, 3"
+        UserError, match=r"the digits data: test_efficientnet was not trained on the classes 0, 1, 2, 3"
     ):
         validate(weights, "--dataset", "digits")
 
@@ -265,6 +269,20 @@ def test_digits(tmp_path: Path) -> None:
     flags = ["--dataset", "digits", "--device", "cpu", "--workers", "0", "--json", str(target)]
     validation.main([str(path), *flags])
     assert json.loads(target.read_text())[0]["images"] == 360
+
+
+def test_a_tar_file_is_as_its_folder(weights: Path, image_folder: Path, validate: Callable) -> None:
+    (expected,) = validate(weights)
+    with tarfile.open(image_folder / "val.tar", "w") as tar:
+        tar.add(image_folder / "val", arcname=".")
+    shutil.rmtree(image_folder / "val")
+    (row,) = validate(weights, "--workers", 2)
+    assert (row["loss"], row["top1"], row["images"]) == (expected["loss"], expected["top1"], 9)
+
+
+def test_synthetic_images(weights: Path, validate: Callable) -> None:
+    (row,) = validate(weights, "--dataset", "synthetic", "--num-samples", 20)
+    assert row["images"] == 20
 
 
 def test_names_of_models() -> None:

@@ -177,7 +177,7 @@ def open_data(args: argparse.Namespace, input_size: tuple[int, int, int]) -> Dat
     made = args.dataset in ("digits", "synthetic")
     if made and args.class_map:
         raise UserError(f"--class-map {args.class_map}: the {args.dataset} data have classes of their own")
-    class_names = _class_map(Path(args.class_map)) if args.class_map else None
+    class_names = read_class_map(Path(args.class_map)) if args.class_map else None
     train: Any
     test: Any
     if made:
@@ -216,7 +216,8 @@ def _made(args: argparse.Namespace, input_size: tuple[int, int, int]) -> tuple[S
     return train, test
 
 
-def _class_map(path: Path) -> list[str]:
+def read_class_map(path: Path) -> list[str]:
+    """The classes in a ``--class-map``, in the order of their numbers."""
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -236,14 +237,15 @@ def _split_folders(args: argparse.Namespace) -> tuple[Path, Path]:
     root = Path(args.data_dir)
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: {'not a folder' if root.exists() else 'no such folder'}")
-    train, test = (_split_folder(root, flag, getattr(args, flag)) for flag in ("train_split", "val_split"))
+    train, test = (split_folder(root, flag, getattr(args, flag)) for flag in ("train_split", "val_split"))
     for path in (train, test):
         if path.is_dir():
-            _check_class_folders(path)
+            check_class_folders(path)
     return train, test
 
 
-def _split_folder(root: Path, flag: str, split: str) -> Path:
+def split_folder(root: Path, flag: str, split: str) -> Path:
+    """The folder or tar file of a split, by whichever of its usual names; `flag` is what names it."""
     names = next((group for group in SPLIT_NAMES if split in group), (split,))
     for name in (split, *names):
         for path in (root / name, root / f"{name}.tar"):
@@ -256,7 +258,8 @@ def _split_folder(root: Path, flag: str, split: str) -> Path:
     )
 
 
-def _check_class_folders(folder: Path) -> None:
+def check_class_folders(folder: Path) -> None:
+    """Raise :class:`UserError` unless a folder holds folders with images and nothing but such folders."""
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
     if not classes:
         raise UserError(f"{folder} has no class folders; expected one folder per class with images in it")

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
@@ -128,18 +127,3 @@ def open_published(name: str, model_args: dict[str, Any] | None = None) -> tuple
     config = resolve_model_data_config(model, use_test_size=True)
     names = list((model.pretrained_cfg or {}).get("label_names") or [])
     return model, ModelInfo(name, model.num_classes, model_args or {}, names, config)
-
-
-def probe(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
-    """Call `model` with one empty image, so that a size which does not suit it is an error before any work.
-
-    Raises:
-        UserError: It does not take such images.
-    """
-    parameter = next(model.parameters())
-    try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        size = "x".join(map(str, input_size[1:]))
-        raise UserError(f"--img-size: {name} does not take {size} images: {error}") from error

@@ -59,7 +59,7 @@ def create_model(args: argparse.Namespace, num_classes: int, data_config: dict[s
             raise UserError(f"--grad-checkpointing: {args.model} has none") from None
     if args.head_init_scale is not None or args.head_init_bias is not None:
         _initialise_head(model, args)
-    _probe(model, args, data_config)
+    probe(model, args.model, data_config["input_size"])
     return model
 
 
@@ -75,15 +75,19 @@ def _initialise_head(model: Any, args: argparse.Namespace) -> None:
                 layer.bias.fill_(args.head_init_bias)
 
 
-def _probe(model: nn.Module, args: argparse.Namespace, data_config: dict[str, Any]) -> None:
-    # One image now rather than an error after the data has been read: the size may not suit the model.
+def probe(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
+    """Call `model` with one empty image, so that a size which does not suit it is an error before any work.
+
+    Raises:
+        UserError: It does not take such images.
+    """
+    parameter = next(model.parameters())
     try:
         with torch.inference_mode():
-            model.eval()
-            model(torch.zeros(1, *data_config["input_size"]))
+            model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        size = "x".join(map(str, data_config["input_size"][1:]))
-        raise UserError(f"--img-size: {args.model} does not take {size} images: {error}") from error
+        size = "x".join(map(str, input_size[1:]))
+        raise UserError(f"--img-size: {name} does not take {size} images: {error}") from error
 
 
 def _shown(kwargs: dict[str, Any]) -> str:

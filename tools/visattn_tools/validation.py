@@ -31,7 +31,8 @@ from .files import replacing, write_text
 from .held_out import open_held_out
 from .loaders import test_loader
 from .metrics import RealLabels, calibration, interval, per_class
-from .model_files import open_model, open_published, probe
+from .model_files import open_model, open_published
+from .model_setup import probe
 from .processes import Processes, StopSignals
 from .reliability_picture import draw_reliability
 from .validation_flags import validate_parser
@@ -143,7 +144,7 @@ class Validation:
         self.info = info
         self.config = resolve_data_config(vars(args), pretrained_cfg=info.data_config)
         self.names = readable_names(info)
-        self.images, self.folders = open_held_out(args, info, self.config["input_size"])
+        self.images = open_held_out(args, info, self.config["input_size"])
         self.allowed = _valid_labels(args.valid_labels, info.num_classes) if args.valid_labels else None
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.memory_format = memory_format
@@ -178,7 +179,8 @@ class Validation:
         while True:
             loader = test_loader(self.images, args, self.config, self.processes)
             try:
-                return evaluate(self.classify, loader, len(self.images), self.processes, pause)
+                indexed = isinstance(self.images, Images)
+                return evaluate(self.classify, loader, len(self.images), self.processes, pause, indexed)
             except RuntimeError as error:
                 # As timm: the message of an allocator that has no more is not the same everywhere.
                 smaller = decay_batch_step(args.batch_size)
@@ -193,10 +195,7 @@ class Validation:
         """Classify all images, write what ``--output`` asks for, and return the row of the results."""
         print(f"{self.title}: {self.info.architecture}, {protocol(self.config)}", flush=True)
         result = self.evaluate(stop)
-        left_out = sorted(set(self.images.unreadable).union(*self.processes.collect(self.images.unreadable)))
-        for index in left_out:
-            print(f"left out, for it cannot be read: {self.images.source.name(index)}")
-        kept = [index for index in range(len(self.images)) if index not in set(left_out)]
+        left_out = self._left_out()
         result = result.without(left_out)
         error, bins = calibration(result.confidences, result.right)
         row: dict[str, Any] = {
@@ -211,7 +210,8 @@ class Validation:
         if real_labels:
             if not isinstance(self.images, Images):
                 raise UserError("--real-labels needs images with file names: --dataset folder")
-            files = [self.images.source.name(index) for index in kept]
+            kept = set(range(len(self.images))).difference(left_out)
+            files = [self.images.source.name(index) for index in sorted(kept)]
             row |= {key: round(share, 4) for key, share in real_labels.accuracy(result.top, files).items()}
         row |= {
             "param_count": sum(p.numel() for p in self.net.parameters()),
@@ -224,12 +224,20 @@ class Validation:
             self._write(self.args.output / re.sub(r"[^\w.-]+", "_", self.title).strip("_."), result, error, bins)
         return row | {"mean": list(self.config["mean"]), "std": list(self.config["std"]), "bins": bins}
 
+    def _left_out(self) -> list[int]:
+        if not isinstance(self.images, Images):
+            return []  # timm's readers of streams skip what they cannot read
+        places = sorted({place for each in self.processes.collect(self.images.unreadable) for place in each})
+        for place in places:
+            print(f"left out, for it cannot be read: {self.images.source.name(place)}")
+        return places
+
     def _write(self, folder: Path, result: Evaluation, error: float, bins: list[dict[str, Any]]) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise UserError(f"--output {folder}: {problem.strerror}") from None
-        write_text(folder / "per_class.csv", csv_text(per_class(result, self.folders, self.names)))
+        write_text(folder / "per_class.csv", csv_text(per_class(result, self.images.class_names, self.names)))
         with matplotlib.rc_context(report.STYLE):
             figures = {
                 "confusion.png": report.draw_confusion(result, self.names),
