@@ -83,7 +83,11 @@ def read_header(path: Path) -> tuple[ModelInfo | None, dict[str, tuple[int, ...]
 
 def mismatch(shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> str:
     """How weights of these `shapes` do not fit `model`, in a line; empty if they fit."""
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return difference(shapes, {key: tuple(value.shape) for key, value in model.state_dict().items()})
+
+
+def difference(shapes: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """How the names and shapes of some weights are not the `wanted` ones, in a line; empty if they are."""
     parts = [
         ("missing", [key for key in wanted if key not in shapes]),
         ("unknown", [key for key in shapes if key not in wanted]),

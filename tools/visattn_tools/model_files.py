@@ -62,6 +62,13 @@ def read_weights(
     return weights, info
 
 
+def weights_file(path: Path, use_ema: bool | None = None) -> Path:
+    """The file that :func:`read_weights` takes the weights from."""
+    if not path.is_dir():
+        return path
+    return best_of_run(path) if use_ema is None else RunFolder(path).state
+
+
 def best_of_run(path: Path) -> Path:
     """The weights of the best epoch in a run folder.
 
