@@ -18,16 +18,15 @@ from .triton_bwd_keys import na_bwd_dkv_kernel
 from .triton_bwd_shared import bias_gradient, extra_gradients
 from .triton_fwd import (
     HIDDEN,
+    across,
     axis_of_tile,
-    on_map,
-    pairs_of,
-    places_of,
+    on_axis,
     prepare,
-    rel_entry,
+    rows_of_box,
+    rows_seen,
     shared_constants,
     strides_of,
     three_axes,
-    token_of_box,
 )
 from .triton_tiling import Windows, key_tiling, query_tiling
 
@@ -35,9 +34,9 @@ from .triton_tiling import Windows, key_tiling, query_tiling
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
                                "heads", "group", "extra"])  # fmt: skip
 def na_bwd_dq_kernel(
-    g, q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, places, out, lse, grad_lse, delta, dq, drel,
+    g, q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, out, lse, grad_lse, delta, dq, drel,
     g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, scale_log2, scale, inv_scale,
+    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, scale_log2, scale,
     HAS_GRAD_LSE: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
@@ -47,8 +46,9 @@ def na_bwd_dq_kernel(
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
-    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a box of queries and of their position terms; also writes delta, the product of output and its
     gradient less the gradient of the log-sum-exp, per query."""
@@ -87,53 +87,69 @@ def na_bwd_dq_kernel(
         row_delta -= tl.load(grad_lse + at, mask=there, other=0.0)
     tl.store(delta + at, row_delta, mask=there)
     row_lse = tl.load(lse + at, mask=there, other=float("inf")) * 1.4426950408889634
-    if HAS_REL:
-        entry, exists = rel_entry(p1, p2, K1, S1, S2, REL_STEP, BLOCK_E)
-        exists = exists & there[:, None]
-        terms = tl.load(rel + at[:, None] * (4 * K1 - 2) + entry, mask=exists, other=0.0).to(tl.float32)
-        terms = (terms * inv_scale).to(queries.dtype)
-        acc_terms = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    # Where the bias of a pair stands: key minus query.
     entry_m = ((p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1) * (2 * K2 - 1) + p2 - K2 + 1
     table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
+    # Where the position terms of a query start, from the first row and the first column of its window on.
+    row_terms = at * (4 * K1 - 2) + K1 - 1 - REL_STEP * (p1 % S1)
+    column_terms = at * (4 * K1 - 2) + 3 * K1 - 2 - REL_STEP * (p2 % S2)
 
     k_base, v_base = k + b * k_b + kv_head * k_h, v + b * v_b + kv_head * v_h
+    ROWS: tl.constexpr = BLOCK_N // COLUMNS
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for i in range(0, tl.cdiv(w0 * w1 * w2, BLOCK_N)):
-        t0, t1, t2, wanted = token_of_box(i, start0, start1, start2, w0, w1, w2, BLOCK_N)
-        ky0, ky1, ky2 = g0 + D0 * t0, g1 + D1 * t1, g2 + D2 * t2
-        inside = on_map(ky0, ky1, ky2, L0, L1, L2, CLAMPED)
+    for part in range(0, tl.cdiv(w2, COLUMNS)):  # one, unless a row is longer than a step
+        u2 = part * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
+        t2, there2 = start2 + u2, u2 < w2
+        ky2 = g2 + D2 * t2
+        inside2 = on_axis(ky2, L2, CLAMPED)
+        seen2 = there2[None, :]
         if MASK_OUTSIDE:
-            wanted = wanted & inside
-        rows_k = load_tokens(
-            k_base, ky0 * k_0 + ky1 * k_1 + ky2 * k_2, inside, wanted, pad_k + kv_head * DIM, DIM, BLOCK_D, False,
-            HAS_PAD,
-        )  # fmt: skip
-        rows_v = load_tokens(
-            v_base, ky0 * v_0 + ky1 * v_1 + ky2 * v_2, inside, wanted, pad_v + kv_head * DIM_V, DIM_V, BLOCK_DV, False,
-            HAS_PAD,
-        )  # fmt: skip
-        s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION)
+            seen2 = seen2 & inside2[None, :]
+        if not FULL2:
+            seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
+        column = tl.where(seen2, 0.0, HIDDEN)
         if HAS_REL:
-            e = tl.arange(0, BLOCK_E)
-            j = i * BLOCK_N + tl.arange(0, BLOCK_N)
-            ones = tl.load(places + j[:, None] * BLOCK_E + e[None, :])
-            s = tl.dot(terms, tl.trans(ones), s, input_precision=PRECISION)
-        dp = tl.dot(grads, tl.trans(rows_v), input_precision=PRECISION)
-        seen = pairs_of(
-            wanted[None, :], t0[None, :], t1[None, :], t2[None, :], first0[:, None], stop0[:, None], first1[:, None],
-            stop1[:, None], first2[:, None], stop2[:, None], FULL0, FULL1, FULL2,
-        )  # fmt: skip
-        if HAS_BIAS:
-            entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
-            entry_mn = entry_n[None, :] - entry_m[:, None]
-            s = s * scale_log2 + tl.load(table + entry_mn, mask=seen & there[:, None], other=HIDDEN)
-        else:
-            s = tl.where(seen, s * scale_log2, HIDDEN)
-        p = tl.exp2(s - row_lse[:, None])
-        ds = (p * (dp - row_delta[:, None])).to(rows_k.dtype)
-        acc = tl.dot(ds, rows_k, acc, input_precision=PRECISION)
+            terms = tl.load(rel + column_terms[:, None] + u2[None, :], mask=there2[None, :] & there[:, None], other=0.0)
+            column += terms.to(tl.float32) * 1.4426950408889634
+        acc_column = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for i in range(0, tl.cdiv(w0 * w1, ROWS)):
+            t0, t1, there1 = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
+            ky0, ky1 = g0 + D0 * t0, g1 + D1 * t1
+            inside1 = on_axis(ky0, L0, CLAMPED) & on_axis(ky1, L1, CLAMPED)
+            inside, wanted = inside1 & inside2, there1 & there2
+            rows_k = load_tokens(
+                k_base, ky0 * k_0 + ky1 * k_1 + ky2 * k_2, inside, wanted, pad_k + kv_head * DIM, DIM, BLOCK_D, False,
+                HAS_PAD,
+            )  # fmt: skip
+            rows_v = load_tokens(
+                v_base, ky0 * v_0 + ky1 * v_1 + ky2 * v_2, inside, wanted, pad_v + kv_head * DIM_V, DIM_V, BLOCK_DV,
+                False, HAS_PAD,
+            )  # fmt: skip
+            dp = tl.dot(grads, tl.trans(rows_v), input_precision=PRECISION)
+            s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION) * scale_log2 + column
+            if MASK_OUTSIDE:
+                there1 = there1 & inside1
+            seen = rows_seen(
+                across(there1, ROWS), across(t0, ROWS), across(t1, ROWS), first0[:, None], stop0[:, None],
+                first1[:, None], stop1[:, None], FULL0, FULL1,
+            )  # fmt: skip
+            if HAS_BIAS:
+                entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
+                s += tl.load(table + entry_n[None, :] - entry_m[:, None], mask=seen & seen2 & there[:, None], other=0.0)
+            if HAS_REL:
+                terms = tl.load(rel + row_terms + t1 - start1, mask=there, other=0.0)
+                s += (terms.to(tl.float32) * 1.4426950408889634)[:, None]
+            s = tl.where(seen, s, HIDDEN)
+            ds = tl.exp2(s - row_lse[:, None]) * (dp - row_delta[:, None])
+            acc = tl.dot(ds.to(rows_k.dtype), rows_k, acc, input_precision=PRECISION)
+            if HAS_REL:
+                tl.store(drel + row_terms + t1 - start1, tl.sum(ds, 1).to(drel.dtype.element_ty), mask=there)
+                acc_column += ds
         if HAS_REL:
-            acc_terms = tl.dot(ds, ones, acc_terms, input_precision=PRECISION)
+            tl.store(
+                drel + column_terms[:, None] + u2[None, :], acc_column.to(drel.dtype.element_ty),
+                mask=there2[None, :] & there[:, None],
+            )  # fmt: skip
     if HAS_EXTRA:
         kv_row = (b * (heads // group) + kv_head) * extra
         for i in range(0, tl.cdiv(extra, BLOCK_N)):
@@ -152,8 +168,6 @@ def na_bwd_dq_kernel(
         (acc * scale).to(dq.dtype.element_ty),
         mask=there[:, None] & (d < DIM)[None, :],
     )
-    if HAS_REL:
-        tl.store(drel + at[:, None] * (4 * K1 - 2) + entry, acc_terms.to(drel.dtype.element_ty), mask=exists)
 
 
 class Plan(NamedTuple):
@@ -173,7 +187,7 @@ def plan(
     grid, kv_heads, dim_v = k[0][1:4], k[0][4], v[0][-1]
     strides = (*strides_of(g), *strides_of(q), *strides_of(k), *strides_of(v))
     maps = (*q_grid, *grid, *windows.dilation)
-    factors = (scale * LOG2E, scale, 1 / scale)
+    factors = (scale * LOG2E, scale)
     shared = shared_constants(
         windows, q, v, precision, bias=bias is not None, extra=extra is not None, pad=pad is not None,
         rel=rel is not None,
@@ -185,7 +199,7 @@ def plan(
          *factors),
         {"HAS_GRAD_LSE": grad_lse} | shared | way.constants(), way.warps, min(2, way.stages),
     )  # fmt: skip
-    keys = key_tiling(tuple(grid), windows, max(dim, dim_v), q[2].itemsize, pad is not None)
+    keys = key_tiling(tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, pad is not None)
     dkv = Launch(
         na_bwd_dkv_kernel, B * keys.programs * kv_heads,
         (*strides, *maps, *keys.counts, *keys.tiles, heads, heads // kv_heads, *factors),
@@ -223,18 +237,17 @@ def backward(
         meta(g), meta(q), meta(k), meta(v), meta(optional[0]), meta(optional[1]), meta(optional[3]), meta(optional[5]),
         grad_lse is not None, windows, scale, dot_precision(q.dtype),
     )  # fmt: skip
-    places = q if rel is None else places_of(windows.kernel_size[1], q.dtype, q.device)
     filled = [q if x is None else x for x in optional]
     delta = torch.empty_like(lse)
     drel = q.new_empty(0) if rel is None else torch.zeros(rel.shape, dtype=rel.dtype, device=rel.device)
-    run.dq(g, q, k, v, *filled, places, out, lse, lse if grad_lse is None else grad_lse, delta, dq, drel)
+    run.dq(g, q, k, v, *filled, out, lse, lse if grad_lse is None else grad_lse, delta, dq, drel)
 
     sums = [
         None if x is None else torch.empty(run.dkv.programs, x.shape[-1], dtype=torch.float32, device=q.device)
         for x in optional[3:5]
     ]
     run.dkv(
-        g, q, k, v, filled[0], *filled[3:6], places, lse, delta, dk, dv, *(q if x is None else x for x in sums)
+        g, q, k, v, filled[0], *filled[3:6], lse, delta, dk, dv, *(q if x is None else x for x in sums)
     )  # fmt: skip
     pads = [
         q.new_empty(0) if x is None

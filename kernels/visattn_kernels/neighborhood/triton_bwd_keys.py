@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..triton_tiles import load_tokens
-from .triton_fwd import HIDDEN, members_of, on_map, pairs_of, rel_entry, token_of_box, window_of
+from .triton_fwd import HIDDEN, across, members_of, on_axis, rows_of_box, rows_seen, window_of
 
 
 @triton.jit
@@ -52,9 +52,9 @@ def axis_of_keys(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
                                "heads", "group"])  # fmt: skip
 def na_bwd_dkv_kernel(
-    g, q, k, v, bias, pad_k, pad_v, rel, places, lse, delta, dk, dv, dpad_k, dpad_v,
+    g, q, k, v, bias, pad_k, pad_v, rel, lse, delta, dk, dv, dpad_k, dpad_v,
     g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, scale_log2, scale, inv_scale,
+    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, scale_log2, scale,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
@@ -63,8 +63,9 @@ def na_bwd_dkv_kernel(
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
-    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a box of keys and values, over the queries that see them."""
     pid = tl.program_id(0)
@@ -81,7 +82,7 @@ def na_bwd_dkv_kernel(
     g1, n1, t1, start1, w1 = axis_of_keys(c1, N1, D1, Q1, L1, n // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED)
     g2, n2, t2, start2, w2 = axis_of_keys(c2, N2, D2, Q2, L2, n % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED)
     ky0, ky1, ky2 = g0 + D0 * t0, g1 + D1 * t1, g2 + D2 * t2
-    inside = on_map(ky0, ky1, ky2, L0, L1, L2, CLAMPED)
+    inside = on_axis(ky0, L0, CLAMPED) & on_axis(ky1, L1, CLAMPED) & on_axis(ky2, L2, CLAMPED)
     wanted = n < T0 * T1 * T2
     if CLAMPED:
         wanted = wanted & (t0 < n0) & (t1 < n1) & (t2 < n2)
@@ -99,61 +100,75 @@ def na_bwd_dkv_kernel(
 
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    parts: tl.constexpr = (S0 * S1 * S2 + BLOCK_M - 1) // BLOCK_M
-    steps = tl.cdiv(w0 * w1 * w2, BLOCK_M) if CLAMPED else w0 * w1 * w2 * parts
-    for i in range(0, steps * group):
-        head = kv_head * group + i // steps
-        i = i % steps
+    ROWS: tl.constexpr = BLOCK_M // COLUMNS
+    q_base, g_base = q + b * q_b, g + b * g_b
+    # Clamped windows: one box of queries. Free ones: the queries of one window after the other.
+    boxes = 1
+    if not CLAMPED:
+        boxes = w0 * w1 * w2
+    for box in range(0, group * boxes):
+        head = kv_head * group + box // boxes
         if CLAMPED:
-            p0, p1, p2, read = token_of_box(i, start0, start1, start2, w0, w1, w2, BLOCK_M)
-            first0, stop0 = window_of(p0, n0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED)
-            first1, stop1 = window_of(p1, n1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED)
-            first2, stop2 = window_of(p2, n2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED)
-            seen = pairs_of(
-                wanted[:, None], t0[:, None], t1[:, None], t2[:, None], first0[None, :], stop0[None, :],
-                first1[None, :], stop1[None, :], first2[None, :], stop2[None, :], FULL0, FULL1, FULL2,
-            )  # fmt: skip
+            q0, q1, q2, rows, columns, row_width = start0, start1, start2, w0 * w1, w2, w1
         else:
-            block = i // parts
-            j = (i - block * parts) * BLOCK_M + tl.arange(0, BLOCK_M)
-            b0, b1, b2 = start0 + block // (w1 * w2), start1 + block // w2 % w1, start2 + block % w2
-            p0, p1, p2 = b0 * S0 + j // (S1 * S2), b1 * S1 + j // S2 % S1, b2 * S2 + j % S2
-            read = j < S0 * S1 * S2
+            b0, b1, b2 = start0 + box % boxes // (w1 * w2), start1 + box // w2 % w1, start2 + box % w2
+            q0, q1, q2, rows, columns, row_width = b0 * S0, b1 * S1, b2 * S2, S0 * S1, S2, S1
             u0, u1, u2 = t0 - b0 * STEP0 + OFF0, t1 - b1 * STEP1 + OFF1, t2 - b2 * STEP2 + OFF2
             seen = wanted & (u0 >= 0) & (u0 < K0) & (u1 >= 0) & (u1 < K1) & (u2 >= 0) & (u2 < K2)
-            if HAS_REL:
-                e = tl.arange(0, BLOCK_E)
-                ones = tl.load(places + (u1 * K2 + u2)[:, None] * BLOCK_E + e[None, :], mask=seen[:, None], other=0.0)
             seen = seen[:, None]
-        y0, y1, y2 = g0 + D0 * p0, g1 + D1 * p1, g2 + D2 * p2
-        read = read & (y0 < Q0) & (y1 < Q1) & (y2 < Q2)
-        queries = load_tokens(
-            q + b * q_b + head * q_h, y0 * q_0 + y1 * q_1 + y2 * q_2, read, read, q, DIM, BLOCK_D, False, False
-        )
-        grads = load_tokens(
-            g + b * g_b + head * g_h, y0 * g_0 + y1 * g_1 + y2 * g_2, read, read, g, DIM_V, BLOCK_DV, False, False
-        )
-        at = (((b * Q0 + y0) * Q1 + y1) * Q2 + y2) * heads + head
-        row_lse = tl.load(lse + at, mask=read, other=float("inf")) * 1.4426950408889634
-        row_delta = tl.load(delta + at, mask=read, other=0.0)
-        s = tl.dot(rows_k, tl.trans(queries), input_precision=PRECISION)
-        if HAS_REL:
-            entry, exists = rel_entry(p1, p2, K1, S1, S2, REL_STEP, BLOCK_E)
-            terms = tl.load(rel + at[:, None] * (4 * K1 - 2) + entry, mask=exists & read[:, None], other=0.0)
-            terms = (terms.to(tl.float32) * inv_scale).to(queries.dtype)
-            s = tl.dot(ones, tl.trans(terms), s, input_precision=PRECISION)
-        dp = tl.dot(rows_v, tl.trans(grads), input_precision=PRECISION)
-        if HAS_BIAS:
-            table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
-            entry_m = (p0 * (2 * K1 - 1) + p1) * (2 * K2 - 1) + p2
-            entry_nm = entry_n[:, None] - entry_m[None, :]
-            s = s * scale_log2 + tl.load(table + entry_nm, mask=seen & read[None, :], other=HIDDEN)
-        else:
-            s = tl.where(seen, s * scale_log2, HIDDEN)
-        p = tl.exp2(s - row_lse[None, :])
-        ds = p * (dp - row_delta[None, :])
-        acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
-        acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+            if HAS_REL:
+                e = tl.arange(0, BLOCK_E)[None, :]
+                ones = (((e == u1[:, None]) | (e == u2[:, None] + K1)) & seen).to(rows_k.dtype)
+        for part in range(0, tl.cdiv(columns, COLUMNS)):
+            m2 = part * COLUMNS + tl.arange(0, BLOCK_M) % COLUMNS
+            p2 = q2 + m2
+            y2 = g2 + D2 * p2
+            read2 = (m2 < columns) & (y2 < Q2)
+            if CLAMPED and not FULL2:
+                first2, stop2 = window_of(p2, n2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED)
+                column = (t2[:, None] >= first2[None, :]) & (t2[:, None] < stop2[None, :])
+                column = tl.where(column, 0.0, HIDDEN)
+            for i in range(0, tl.cdiv(rows, ROWS)):
+                p0, p1, read1 = rows_of_box(i, q0, q1, row_width, rows, DEEP, ROWS, COLUMNS)
+                y0, y1 = g0 + D0 * p0, g1 + D1 * p1
+                read = read1 & read2 & (y0 < Q0) & (y1 < Q1)
+                queries = load_tokens(
+                    q_base + head * q_h, y0 * q_0 + y1 * q_1 + y2 * q_2, read, read, q, DIM, BLOCK_D, False, False
+                )
+                grads = load_tokens(
+                    g_base + head * g_h, y0 * g_0 + y1 * g_1 + y2 * g_2, read, read, g, DIM_V, BLOCK_DV, False, False
+                )
+                at = (((b * Q0 + y0) * Q1 + y1) * Q2 + y2) * heads + head
+                row_lse = tl.load(lse + at, mask=read, other=float("inf")) * 1.4426950408889634
+                row_delta = tl.load(delta + at, mask=read, other=0.0)
+                s = tl.dot(rows_k, tl.trans(queries), input_precision=PRECISION) * scale_log2
+                dp = tl.dot(rows_v, tl.trans(grads), input_precision=PRECISION)
+                if CLAMPED:
+                    first0, stop0 = window_of(p0, n0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED)
+                    first1, stop1 = window_of(p1, n1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED)
+                    seen = rows_seen(
+                        wanted[:, None], t0[:, None], t1[:, None], across(first0, ROWS), across(stop0, ROWS),
+                        across(first1, ROWS), across(stop1, ROWS), FULL0, FULL1,
+                    )  # fmt: skip
+                    if not FULL2:
+                        s += column
+                if HAS_BIAS:
+                    table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
+                    entry_m = (p0 * (2 * K1 - 1) + p1) * (2 * K2 - 1) + p2
+                    here = seen & read[None, :]
+                    if not FULL2:
+                        here = here & (column == 0.0)
+                    s += tl.load(table + entry_n[:, None] - entry_m[None, :], mask=here, other=0.0)
+                if HAS_REL:
+                    row_terms = at * (4 * K1 - 2) + K1 - 1 - REL_STEP * (p1 % S1)
+                    column_terms = at * (4 * K1 - 2) + 3 * K1 - 2 - REL_STEP * (p2 % S2)
+                    entry = tl.where(e < K1, row_terms[:, None], column_terms[:, None] - K1) + e
+                    terms = tl.load(rel + entry, mask=read[:, None] & (e < 2 * K1), other=0.0).to(rows_k.dtype)
+                    s += tl.dot(ones, tl.trans(terms), input_precision=PRECISION) * 1.4426950408889634
+                p = tl.where(seen, tl.exp2(s - row_lse[None, :]), 0.0)
+                ds = p * (dp - row_delta[None, :])
+                acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
+                acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
 
     at = (((b * L0 + ky0) * L1 + ky1) * L2 + ky2) * kv_heads + kv_head
     there = inside & wanted

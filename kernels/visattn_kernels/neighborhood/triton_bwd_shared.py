@@ -12,13 +12,14 @@ from ..triton_support import Launch, dot_precision, meta
 from ..triton_tiles import LOG2E, load_tokens, power_of_2
 from .triton_fwd import (
     HIDDEN,
+    across,
     axis_of_tile,
     members_of,
-    on_map,
-    pairs_of,
+    on_axis,
+    rows_of_box,
+    rows_seen,
     shared_constants,
     strides_of,
-    token_of_box,
     window_of,
 )
 from .triton_tiling import Windows, query_tiling
@@ -41,8 +42,9 @@ def na_bwd_pairs_kernel(
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
-    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the logits of a box of queries, summed over some images: (part, head, query, key of its window)."""
     pid = tl.program_id(0)
@@ -74,14 +76,20 @@ def na_bwd_pairs_kernel(
     zero = tl.full((), 0, tl.int64)
     sums += ((part.to(tl.int64) * heads + head) * (Q0 * Q1 * Q2) + query[:, None]) * (K0 * K1 * K2)
 
-    for i in range(0, tl.cdiv(w0 * w1 * w2, BLOCK_N)):
-        t0, t1, t2, wanted = token_of_box(i, start0, start1, start2, w0, w1, w2, BLOCK_N)
+    ROWS: tl.constexpr = BLOCK_N // COLUMNS
+    parts = tl.cdiv(w2, COLUMNS)
+    for i in range(0, tl.cdiv(w0 * w1, ROWS) * parts):
+        u2 = i % parts * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
+        t0, t1, there1 = rows_of_box(i // parts, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
+        t2, wanted = start2 + u2, there1 & (u2 < w2)
         ky0, ky1, ky2 = g0 + D0 * t0, g1 + D1 * t1, g2 + D2 * t2
-        inside = on_map(ky0, ky1, ky2, L0, L1, L2, CLAMPED)
-        seen = pairs_of(
-            wanted[None, :], t0[None, :], t1[None, :], t2[None, :], first0[:, None], stop0[:, None], first1[:, None],
-            stop1[:, None], first2[:, None], stop2[:, None], FULL0, FULL1, FULL2,
+        inside = on_axis(ky0, L0, CLAMPED) & on_axis(ky1, L1, CLAMPED) & on_axis(ky2, L2, CLAMPED)
+        seen = rows_seen(
+            wanted[None, :], across(t0, ROWS), across(t1, ROWS), first0[:, None], stop0[:, None], first1[:, None],
+            stop1[:, None], FULL0, FULL1,
         )  # fmt: skip
+        if not FULL2:
+            seen = seen & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
         seen = seen & there[:, None]
         entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
         biases = tl.load(table + entry_n[None, :] - entry_m[:, None], mask=seen, other=HIDDEN)

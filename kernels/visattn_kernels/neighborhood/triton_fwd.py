@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta, unit_stride
-from ..triton_tiles import LOG2E, divide, load_tokens, power_of_2
+from ..triton_tiles import LOG2E, load_tokens, power_of_2
 from .triton_tiling import Windows, query_tiling
 
 HIDDEN = tl.constexpr(-1e30)
@@ -71,57 +71,52 @@ def axis_of_tile(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K
 
 
 @triton.jit
-def token_of_box(i, start0, start1, start2, w0, w1, w2, BLOCK: tl.constexpr):
-    """Step `i` over a box of tokens, row-major: positions per axis, and whether there is such a token."""
-    j = i * BLOCK + tl.arange(0, BLOCK)
-    u0 = divide(j, 1.0 / (w1 * w2))
-    rest = j - u0 * (w1 * w2)
-    u1 = divide(rest, 1.0 / w2)
-    return start0 + u0, start1 + u1, start2 + rest - u1 * w2, j < w0 * w1 * w2
+def rows_of_box(i, start0, start1, w1, rows, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Step `i` of ROWS rows over the rows of a box: their positions on the first two axes, and whether there is such a
+    row. With one row per step these are scalars. `DEEP`: the first axis has more than one token."""
+    r = i
+    if ROWS > 1:
+        r = i * ROWS + tl.arange(0, ROWS * COLUMNS) // COLUMNS
+    u0 = r * 0
+    if DEEP:
+        u0 = r // w1
+    return start0 + u0, start1 + r - u0 * w1, r < rows
 
 
 @triton.jit
-def on_map(y0, y1, y2, L0, L1, L2, CLAMPED: tl.constexpr):
-    """Whether coordinates lie on the map."""
-    inside = (y0 < L0) & (y1 < L1) & (y2 < L2)
+def on_axis(y, length, CLAMPED: tl.constexpr):
+    """Whether a coordinate lies on its axis; those of clamped windows are never below it."""
+    inside = y < length
     if not CLAMPED:
-        inside = inside & (y0 >= 0) & (y1 >= 0) & (y2 >= 0)
+        inside = inside & (y >= 0)
     return inside
 
 
 @triton.jit
-def pairs_of(wanted, t0, t1, t2, first0, stop0, first1, stop1, first2, stop2,
-             FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr):  # fmt: skip
-    """Who sees whom. `FULL`: on this axis every query of the tile sees the whole box.
+def across(x, ROWS: tl.constexpr):
+    """What belongs to the rows of a step, laid across what the program holds."""
+    if ROWS > 1:
+        x = x[None, :]
+    return x
 
-    Arguments of keys and of queries stand across each other, (1, n) and (m, 1) or the other way round.
-    """
-    seen = wanted
+
+@triton.jit
+def rows_seen(there, t0, t1, first0, stop0, first1, stop1, FULL0: tl.constexpr, FULL1: tl.constexpr):
+    """Which rows are seen. `FULL`: on this axis every query sees all keys that a program meets."""
+    seen = there
     if not FULL0:
         seen = seen & (t0 >= first0) & (t0 < stop0)
     if not FULL1:
         seen = seen & (t1 >= first1) & (t1 < stop1)
-    if not FULL2:
-        seen = seen & (t2 >= first2) & (t2 < stop2)
     return seen
-
-
-@triton.jit
-def rel_entry(p1, p2, w: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    """Where a query's position terms of the rows, then of the columns of its window of w x w keys stand in its row of
-    offsets, (m, BLOCK), and which of them there are."""
-    e = tl.arange(0, BLOCK)[None, :]
-    row = e - STEP * (p1 % S1)[:, None] + (w - 1)
-    column = (2 * w - 1) + (e - w) - STEP * (p2 % S2)[:, None] + (w - 1)
-    return tl.where(e < w, row, column), e < 2 * w
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
                                "heads", "group", "extra"])  # fmt: skip
 def na_fwd_kernel(
-    q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, places, out, lse,
+    q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, out, lse,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, scale_log2, inv_scale,
+    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, scale_log2,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
@@ -130,8 +125,9 @@ def na_fwd_kernel(
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
-    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)  # heads vary fastest: they share cache lines
     head = pid % heads
@@ -159,56 +155,65 @@ def na_fwd_kernel(
         q + b * q_b + head * q_h, y0 * q_0 + y1 * q_1 + y2 * q_2, there, there, q, DIM, BLOCK_D, False, False
     )
     at = (((b * Q0 + y0) * Q1 + y1) * Q2 + y2) * heads + head
-    if HAS_REL:
-        entry, exists = rel_entry(p1, p2, K1, S1, S2, REL_STEP, BLOCK_E)
-        exists = exists & there[:, None]
-        terms = tl.load(rel + at[:, None] * (4 * K1 - 2) + entry, mask=exists, other=0.0).to(tl.float32)
-        terms = (terms * inv_scale).to(queries.dtype)
     # Where the bias of a pair stands: key minus query.
     entry_m = ((p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1) * (2 * K2 - 1) + p2 - K2 + 1
     table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
+    # Where the position terms of a query start, from the first row and the first column of its window on.
+    row_terms = at * (4 * K1 - 2) + K1 - 1 - REL_STEP * (p1 % S1)
+    column_terms = at * (4 * K1 - 2) + 3 * K1 - 2 - REL_STEP * (p2 % S2)
 
     k_base, v_base = k + b * k_b + kv_head * k_h, v + b * v_b + kv_head * v_h
+    ROWS: tl.constexpr = BLOCK_N // COLUMNS
     top = tl.full([BLOCK_M], HIDDEN, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for i in range(0, tl.cdiv(w0 * w1 * w2, BLOCK_N)):
-        t0, t1, t2, wanted = token_of_box(i, start0, start1, start2, w0, w1, w2, BLOCK_N)
-        ky0, ky1, ky2 = g0 + D0 * t0, g1 + D1 * t1, g2 + D2 * t2
-        inside = on_map(ky0, ky1, ky2, L0, L1, L2, CLAMPED)
+    for part in range(0, tl.cdiv(w2, COLUMNS)):  # one, unless a row is longer than a step
+        u2 = part * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
+        t2, there2 = start2 + u2, u2 < w2
+        ky2 = g2 + D2 * t2
+        inside2 = on_axis(ky2, L2, CLAMPED)
+        seen2 = there2[None, :]
         if MASK_OUTSIDE:
-            wanted = wanted & inside
-        rows_k = load_tokens(
-            k_base, ky0 * k_0 + ky1 * k_1 + ky2 * k_2, inside, wanted, pad_k + kv_head * DIM, DIM, BLOCK_D, False,
-            HAS_PAD,
-        )  # fmt: skip
-        s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION)
+            seen2 = seen2 & inside2[None, :]
+        if not FULL2:
+            seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
+        column = tl.where(seen2, 0.0, HIDDEN)
         if HAS_REL:
-            e = tl.arange(0, BLOCK_E)
-            j = i * BLOCK_N + tl.arange(0, BLOCK_N)
-            s = tl.dot(
-                terms, tl.trans(tl.load(places + j[:, None] * BLOCK_E + e[None, :])), s, input_precision=PRECISION
-            )
-        seen = pairs_of(
-            wanted[None, :], t0[None, :], t1[None, :], t2[None, :], first0[:, None], stop0[:, None], first1[:, None],
-            stop1[:, None], first2[:, None], stop2[:, None], FULL0, FULL1, FULL2,
-        )  # fmt: skip
-        if HAS_BIAS:
-            entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
-            entry_mn = entry_n[None, :] - entry_m[:, None]
-            s = s * scale_log2 + tl.load(table + entry_mn, mask=seen & there[:, None], other=HIDDEN)
-        else:
-            s = tl.where(seen, s * scale_log2, HIDDEN)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        alpha = tl.exp2(top - new_top)
-        total = total * alpha + tl.sum(p, 1)
-        rows_v = load_tokens(
-            v_base, ky0 * v_0 + ky1 * v_1 + ky2 * v_2, inside, wanted, pad_v + kv_head * DIM_V, DIM_V, BLOCK_DV, False,
-            HAS_PAD,
-        )  # fmt: skip
-        acc = tl.dot(p.to(rows_v.dtype), rows_v, acc * alpha[:, None], input_precision=PRECISION)
-        top = new_top
+            terms = tl.load(rel + column_terms[:, None] + u2[None, :], mask=there2[None, :] & there[:, None], other=0.0)
+            column += terms.to(tl.float32) * 1.4426950408889634
+        for i in range(0, tl.cdiv(w0 * w1, ROWS)):
+            t0, t1, there1 = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
+            ky0, ky1 = g0 + D0 * t0, g1 + D1 * t1
+            inside1 = on_axis(ky0, L0, CLAMPED) & on_axis(ky1, L1, CLAMPED)
+            inside, wanted = inside1 & inside2, there1 & there2
+            rows_k = load_tokens(
+                k_base, ky0 * k_0 + ky1 * k_1 + ky2 * k_2, inside, wanted, pad_k + kv_head * DIM, DIM, BLOCK_D, False,
+                HAS_PAD,
+            )  # fmt: skip
+            s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION) * scale_log2 + column
+            if MASK_OUTSIDE:
+                there1 = there1 & inside1
+            seen = rows_seen(
+                across(there1, ROWS), across(t0, ROWS), across(t1, ROWS), first0[:, None], stop0[:, None],
+                first1[:, None], stop1[:, None], FULL0, FULL1,
+            )  # fmt: skip
+            if HAS_BIAS:
+                entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
+                s += tl.load(table + entry_n[None, :] - entry_m[:, None], mask=seen & seen2 & there[:, None], other=0.0)
+            if HAS_REL:
+                terms = tl.load(rel + row_terms + t1 - start1, mask=there, other=0.0)
+                s += (terms.to(tl.float32) * 1.4426950408889634)[:, None]
+            s = tl.where(seen, s, HIDDEN)
+            new_top = tl.maximum(top, tl.max(s, 1))
+            p = tl.exp2(s - new_top[:, None])
+            alpha = tl.exp2(top - new_top)
+            total = total * alpha + tl.sum(p, 1)
+            rows_v = load_tokens(
+                v_base, ky0 * v_0 + ky1 * v_1 + ky2 * v_2, inside, wanted, pad_v + kv_head * DIM_V, DIM_V, BLOCK_DV,
+                False, HAS_PAD,
+            )  # fmt: skip
+            acc = tl.dot(p.to(rows_v.dtype), rows_v, acc * alpha[:, None], input_precision=PRECISION)
+            top = new_top
     if HAS_EXTRA:
         kv_row = (b * (heads // group) + kv_head) * extra
         for i in range(0, tl.cdiv(extra, BLOCK_N)):
@@ -270,7 +275,7 @@ def plan(
     way = query_tiling(tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None)
     scalars = (
         *strides_of(q), *strides_of(k), *strides_of(v), *q_grid, *grid, *windows.dilation, *way.counts, *way.tiles,
-        heads, heads // kv_heads, 0 if extra is None else extra[0][2], scale * LOG2E, 1 / scale,
+        heads, heads // kv_heads, 0 if extra is None else extra[0][2], scale * LOG2E,
     )  # fmt: skip
     constants = shared_constants(
         windows, q, v, precision, bias=bias is not None, extra=extra is not None, pad=pad is not None,
@@ -280,17 +285,6 @@ def plan(
         na_fwd_kernel, B * way.programs * heads, scalars,
         constants | way.constants(), way.warps, way.stages,
     )  # fmt: skip
-
-
-@functools.lru_cache(256)
-def places_of(window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Row and column of each key of a window as two ones in a row of zeros: (keys, 2 * window), both rounded up."""
-    keys, width = -(-(window * window) // 128) * 128, power_of_2(2 * window)
-    u = torch.arange(window * window, device=device)
-    places = torch.zeros(keys, width, dtype=dtype, device=device)
-    places[u, u // window] = 1
-    places[u, window + u % window] = 1
-    return places
 
 
 def forward(
@@ -322,8 +316,7 @@ def forward(
         meta(q), meta(k), meta(v), meta(bias), meta(extra_k), meta(pad_k), meta(rel), windows, scale,
         dot_precision(q.dtype),
     )  # fmt: skip
-    places = q if rel is None else places_of(windows.kernel_size[1], q.dtype, q.device)
-    launch(q, k, v, *(q if x is None else x for x in optional), places, out, lse)
+    launch(q, k, v, *(q if x is None else x for x in optional), out, lse)
     return out, lse
 
 

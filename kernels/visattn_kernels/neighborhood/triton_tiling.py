@@ -5,6 +5,8 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
+from triton import next_power_of_2
+
 from ..triton_tiles import power_of_2
 
 Triple = tuple[int, int, int]
@@ -56,10 +58,14 @@ class Tiling(NamedTuple):
     """Boxes of all groups."""
     full: tuple[bool, bool, bool]
     """Axes on which every query sees all keys that a program meets."""
+    deep: bool
+    """Whether the first axis has more than one token."""
     held: int
     """Tokens of a tile that holds a box."""
     step: int
-    """Tokens of the other side per step."""
+    """Tokens of the other side per step: some rows, or a part of one, of the box that they stand in."""
+    columns: int
+    """Tokens of a row in a step."""
     warps: int
     stages: int
 
@@ -70,9 +76,9 @@ class Tiling(NamedTuple):
 
     def constants(self, of_keys: bool = False) -> dict[str, Any]:
         """The ``constexpr`` arguments that the kernels end with."""
-        names = ("T0", "T1", "T2", "FULL0", "FULL1", "FULL2", "BLOCK_M", "BLOCK_N")
+        names = ("T0", "T1", "T2", "DEEP", "FULL0", "FULL1", "FULL2", "BLOCK_M", "BLOCK_N", "COLUMNS")
         m, n = (self.step, self.held) if of_keys else (self.held, self.step)
-        return dict(zip(names, (*self.box, *self.full, m, n)))
+        return dict(zip(names, (*self.box, self.deep, *self.full, m, n, self.columns)))
 
 
 class Cut(NamedTuple):
@@ -91,31 +97,62 @@ def _sizes(n: int, unit: int, most: int) -> list[int]:
     return [unit // i for i in range(2, unit + 1) if unit % i == 0] + whole
 
 
-def _least_work(options: list[list[Cut]], most: int, step: int) -> tuple[tuple[Cut, ...], int]:
-    """The cuts of all axes with the least work, and the most tokens that a box meets.
+class Steps(NamedTuple):
+    """How a program walks over a box of tokens."""
 
-    Work is products of full tiles, loads of the tokens that a program holds (as if it met 48 more), and what a program
+    step: int
+    columns: int
+
+    def tokens(self, widths: tuple[int, ...]) -> int:
+        """Tokens of all steps over a box, those counted that fill steps."""
+        rows = math.ceil(widths[0] * widths[1] / (self.step // self.columns))
+        return rows * self.step * math.ceil(widths[2] / self.columns)
+
+
+def _steps(widths: tuple[int, ...], most: int) -> Steps:
+    """Steps of up to `most` tokens over boxes of these widths: whole rows, rounded up to a power of 2."""
+    columns = min(64, next_power_of_2(widths[2]))
+    rows = next_power_of_2(widths[0] * widths[1])
+    return Steps(max(16, columns, min(most, rows * columns)), columns)
+
+
+def _least_work(options: list[list[Cut]], most: int, step: int) -> tuple[tuple[Cut, ...], Steps, bool]:
+    """The cuts of all axes with the least work, the steps over the boxes that they meet, and whether one is enough.
+
+    Work is products of full tiles, loads of the tokens that a program holds (as if it met 32 more), and what a program
     costs besides.
     """
-    best: tuple[float, tuple[Cut, ...], int] | None = None
+    best: tuple[float, tuple[Cut, ...], Steps, bool] | None = None
     for cuts in itertools.product(*options):
         tokens = math.prod(cut.size for cut in cuts)
         if tokens > most:
             continue
-        work, most_met = 0.0, 0
+        largest = tuple(max(cut.widths) for cut in cuts)
+        steps, work = _steps(largest, step), 0.0
         for widths in itertools.product(*(cut.widths.items() for cut in cuts)):
-            met, times = math.prod(w for w, _ in widths), math.prod(n for _, n in widths)
-            tile = min(step, power_of_2(met))
-            work += times * (power_of_2(tokens) * (math.ceil(met / tile) * tile + 48) + 2048)
-            most_met = max(most_met, met)
+            times = math.prod(n for _, n in widths)
+            work += times * (power_of_2(tokens) * (steps.tokens(tuple(w for w, _ in widths)) + 32) + 1024)
         if best is None or work < best[0]:
-            best = work, cuts, most_met
+            best = work, cuts, steps, steps.tokens(largest) == steps.step
     assert best is not None
-    return best[1], best[2]
+    return best[1], best[2], best[3]
 
 
 def _warps(held: int) -> int:
-    return 1 if held <= 16 else 2 if held <= 32 else 4
+    return 1 if held <= 16 else 2 if held <= 64 else 4
+
+
+def _tiling(
+    lengths: Triple, groups: list[int], windows: Windows, cuts: tuple[Cut, ...], steps: Steps, once: bool
+) -> Tiling:
+    a, b, c = cuts
+    tiles = [math.ceil(n / cut.size) for n, cut in zip(groups, cuts)]
+    counts = [min(n, d) * t for n, d, t in zip(lengths, windows.dilation, tiles)]
+    held = power_of_2(a.size * b.size * c.size)
+    return Tiling(
+        (a.size, b.size, c.size), (tiles[0], tiles[1], tiles[2]), (counts[0], counts[1], counts[2]),
+        (a.full, b.full, c.full), lengths[0] > 1, held, steps.step, steps.columns, _warps(held), 1 if once else 2,
+    )  # fmt: skip
 
 
 @functools.lru_cache(4096)
@@ -124,7 +161,7 @@ def query_tiling(
 ) -> Tiling:
     """Boxes of queries with the least work. With `one_window` all queries of a box share their window."""
     small = dim > 64 or itemsize == 4
-    most, step = (64, 32) if small else (128, 64)
+    most, step = (32, 16) if small else (64, 32)
     groups = [math.ceil(n / d) for n, d in zip(q_grid, windows.dilation)]
     keys = [math.ceil(n / d) for n, d in zip(grid, windows.dilation)]
     options = [
@@ -135,15 +172,11 @@ def query_tiling(
         ]
         for a, n in enumerate(groups)
     ]
-    cuts, met = _least_work(options, most, step)
-    a, b, c = cuts
-    tiles = [math.ceil(n / cut.size) for n, cut in zip(groups, cuts)]
-    counts = [min(n, d) * t for n, d, t in zip(q_grid, windows.dilation, tiles)]
-    held, step = power_of_2(a.size * b.size * c.size), min(step, power_of_2(met))
-    return Tiling(
-        (a.size, b.size, c.size), (tiles[0], tiles[1], tiles[2]), (counts[0], counts[1], counts[2]),
-        (a.full, b.full, c.full), held, step, _warps(held), 2 if met <= step else 3,
-    )  # fmt: skip
+    cuts, steps, once = _least_work(options, most, step)
+    if one_window:  # position terms of rows of keys come row by row
+        row = max(16, next_power_of_2(windows.kernel_size[2]))
+        steps, once = Steps(row, row), False
+    return _tiling(q_grid, groups, windows, cuts, steps, once)
 
 
 def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
@@ -158,24 +191,24 @@ def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
 
 
 @functools.lru_cache(4096)
-def key_tiling(grid: Triple, windows: Windows, dim: int, itemsize: int, padded: bool) -> Tiling:
+def key_tiling(q_grid: Triple, grid: Triple, windows: Windows, dim: int, itemsize: int, padded: bool) -> Tiling:
     """Boxes of keys with the least work. With `padded` they cover the keys outside the map too."""
-    most, step = 64, 32 if dim > 64 or itemsize == 4 else 64
-    if not windows.clamped:
-        return _free_key_tiling(grid, windows, most, step, padded)
-    groups = [math.ceil(n / d) for n, d in zip(grid, windows.dilation)]
-    if padded:
-        groups = [max(n, k) for n, k in zip(groups, windows.kernel_size)]
-    options = [[_cut_keys(size, n, windows, a) for size in _sizes(n, 1, most)] for a, n in enumerate(groups)]
-    cuts, met = _least_work(options, most, step)
-    a, b, c = cuts
-    tiles = [math.ceil(n / cut.size) for n, cut in zip(groups, cuts)]
-    counts = [min(n, d) * t for n, d, t in zip(grid, windows.dilation, tiles)]
-    held, step = power_of_2(a.size * b.size * c.size), min(step, power_of_2(met))
-    return Tiling(
-        (a.size, b.size, c.size), (tiles[0], tiles[1], tiles[2]), (counts[0], counts[1], counts[2]),
-        (a.full, b.full, c.full), held, step, _warps(held), 1 if met <= step else 2,
-    )  # fmt: skip
+    small = dim > 64 or itemsize == 4
+    most, step = (32, 16) if small else (64, 32)
+    if windows.clamped:
+        groups = [math.ceil(n / d) for n, d in zip(grid, windows.dilation)]
+        if padded:
+            groups = [max(n, k) for n, k in zip(groups, windows.kernel_size)]
+        options = [[_cut_keys(size, n, windows, a) for size in _sizes(n, 1, most)] for a, n in enumerate(groups)]
+        return _tiling(grid, groups, windows, *_least_work(options, most, step))
+    # From the start of one window to that of the next, so that few windows share a box; halved until it fits.
+    box = list(windows.step)
+    while math.prod(box) > most:
+        a = box.index(max(box))
+        box[a] = math.ceil(box[a] / 2)
+    groups = [(math.ceil(n / s) * s if padded else n) + o for n, s, o in zip(grid, windows.step, windows.offset)]
+    cuts = tuple(Cut(size, {n: 1}, True) for size, n in zip(box, windows.stride))
+    return _tiling(groups, groups, windows, cuts, _steps(windows.stride, step), False)  # type: ignore[arg-type]
 
 
 def _cut_keys(size: int, n: int, windows: Windows, a: int) -> Cut:
@@ -192,15 +225,3 @@ def _cut_keys(size: int, n: int, windows: Windows, a: int) -> Cut:
             stop = n if high >= n - k else min((high + k // 2 + shift + 1) // s * s, n)
         widths[stop - first] = widths.get(stop - first, 0) + 1
     return Cut(size, widths, not causal and n <= k)
-
-
-def _free_key_tiling(grid: Triple, windows: Windows, most: int, step: int, padded: bool) -> Tiling:
-    """A box is what lies from one window's start to the next, so that few windows share it, halved until it fits."""
-    box = list(windows.step)
-    while math.prod(box) > most:
-        a = box.index(max(box))
-        box[a] = math.ceil(box[a] / 2)
-    lengths = [(math.ceil(n / s) * s if padded else n) + o for n, s, o in zip(grid, windows.step, windows.offset)]
-    tiles = tuple(math.ceil(n / size) for n, size in zip(lengths, box))
-    held, step = power_of_2(math.prod(box)), min(step, power_of_2(math.prod(windows.stride)))
-    return Tiling((box[0], box[1], box[2]), tiles, tiles, (True, True, True), held, step, _warps(held), 2)  # type: ignore[arg-type]
