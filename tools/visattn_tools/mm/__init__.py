@@ -7,12 +7,9 @@ mmengine's root registries, :class:`VisAttnBackbone`, :class:`SimpleFeaturePyram
 :class:`LayerDecayOptimizerConstructor` and :class:`ThroughputHook`. Must be imported before ``mmcv.ops``.
 """
 
-import importlib.util
+from .operators import install_operators, require
 
-from .operators import INSTALL, install_operators
-
-if importlib.util.find_spec("mmengine") is None:
-    raise ImportError(f"visattn_tools.mm needs mmengine, which is not installed. Install OpenMMLab: {INSTALL}")
+require("mmengine")
 COMPILED_OPERATORS: bool = install_operators()
 """Whether ``mmcv.ops`` runs mmcv's own compiled operators."""
 

@@ -349,6 +349,12 @@ def make_extension() -> ModuleType:
     return extension
 
 
+def require(package: str) -> None:
+    """Raise :class:`ImportError`, which says what to do, unless `package` is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"visattn_tools.mm needs {package}, which is not installed. Install OpenMMLab: {INSTALL}")
+
+
 def install_operators() -> bool:
     """Make ``mmcv.ops`` importable: with mmcv's compiled operators where it has them, else with those of this file.
 
@@ -360,8 +366,7 @@ def install_operators() -> bool:
     Raises:
         ImportError: No mmcv, or compiled operators that do not load beside this torch; the message says what to do.
     """
-    if importlib.util.find_spec("mmcv") is None:
-        raise ImportError(f"mmcv is not installed. Install OpenMMLab: {INSTALL}")
+    require("mmcv")
     if "mmcv._ext" in sys.modules:
         return not isinstance(sys.modules["mmcv._ext"], _Extension)
     if importlib.util.find_spec("mmcv._ext") is None:

@@ -1,0 +1,16 @@
+# RetinaNet with DaViT-S, 12 epochs of COCO on 8 GPUs x 2 images, with the authors' settings.
+# The stochastic depth is ours: the authors published that of DaViT-T alone.
+#
+# Command:   python -m torch.distributed.run --nproc-per-node 8 tools/mm_train.py \
+#            configs/detection/davit/retinanet_davit-s_fpn_ms-crop_1x_coco.py
+# Reported:  box AP 46.0; 59.9M parameters, 332G FLOPs (README of dingmyu/davit@fc79470). Not measured here.
+_base_ = [
+    "../_base_/retinanet.py",
+    "../_base_/coco-detection_ms-crop.py",
+    "../_base_/schedule_1x.py",
+    "../_base_/runtime.py",
+]
+model = dict(
+    backbone=dict(model_name="davit_s", output_norms=True, drop_path_rate=0.2, pretrained="msft_in1k"),
+    neck=dict(in_channels=[192, 384, 768]),
+)

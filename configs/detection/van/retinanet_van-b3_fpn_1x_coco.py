@@ -1,0 +1,16 @@
+# RetinaNet with VAN-B3, 12 epochs of COCO on 8 GPUs x 2 images, with the authors' settings.
+# The stochastic depth is that of the authors' segmentation: they published no detection code.
+#
+# Command:   python -m torch.distributed.run --nproc-per-node 8 tools/mm_train.py \
+#            configs/detection/van/retinanet_van-b3_fpn_1x_coco.py
+# Reported:  box AP 47.5; 54.5M parameters (paper, table 9). Not measured here.
+_base_ = [
+    "../_base_/retinanet.py",
+    "mmdet::_base_/datasets/coco_detection.py",
+    "../_base_/schedule_1x.py",
+    "../_base_/runtime.py",
+]
+model = dict(
+    backbone=dict(model_name="van_b3", norm_eps=1e-05, drop_path_rate=0.3, pretrained="official_in1k"),
+    neck=dict(in_channels=[128, 320, 512]),
+)

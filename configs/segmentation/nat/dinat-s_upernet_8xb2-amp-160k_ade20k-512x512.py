@@ -1,0 +1,28 @@
+# UPerNet with DiNAT-S, 160,000 iterations of ADE20K on 8 GPUs x 2 crops of 512 pixels, the authors' settings.
+#
+# Command:   python -m torch.distributed.run --nproc-per-node 8 tools/mm_train.py \
+#            configs/segmentation/nat/dinat-s_upernet_8xb2-amp-160k_ade20k-512x512.py
+# Reported:  mIoU 48.9, 49.9 at several scales; 82M parameters, 1010G FLOPs (NAT.md and DiNAT.md of SHI-
+#            Labs/Neighborhood-Attention-Transformer@d334f5b). Not measured here.
+_base_ = [
+    "../_base_/upernet.py",
+    "../_base_/ade20k.py",
+    "../_base_/schedule_160k.py",
+    "../_base_/runtime.py",
+]
+model = dict(
+    backbone=dict(
+        model_name="dinat_s",
+        dilation=((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2)),
+        output_norms=True,
+        drop_path_rate=0.5,
+        pretrained="official_in1k",
+    ),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)
+optim_wrapper = dict(
+    type="AmpOptimWrapper",
+    loss_scale="dynamic",
+    paramwise_cfg=dict(custom_keys={"rel_pos_bias": dict(decay_mult=0.0), "norm": dict(decay_mult=0.0)}),
+)

@@ -1,0 +1,32 @@
+"""Tests with OpenMMLab. They are collected when ``VISATTN_MM`` says how mmcv's operators are there, ``torchvision`` or
+``compiled``, as ``tools/test.sh --mm`` does; then a missing package is an error."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OPERATORS = os.environ.get("VISATTN_MM", "")
+if OPERATORS not in ("", "torchvision", "compiled"):
+    raise pytest.UsageError(f"VISATTN_MM={OPERATORS} must be torchvision or compiled")
+collect_ignore_glob = [] if OPERATORS else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 12 training and 3 held-out images of shapes, in both layouts."""
+    from visattn_tools.shapes import main
+
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    main([str(folder), "--train", "12", "--val", "3", "--seed", "5"])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_scope() -> Any:
+    """mmengine remembers the toolbox of the run before."""
+    yield
+    from mmengine.registry import DefaultScope
+
+    DefaultScope._instance_dict.clear()
