@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from visattn_tools import compute_points
-from visattn_tools.benchmark import peak_memory
 from visattn_tools.cli import UserError
+from visattn_tools.measuring import peak_memory
 
 SMALL = ["test_lookupvit", "--peer", "test_vit", "--img-size", "64", "-b", "2", "--rounds", "3", "--device", "cpu"]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from visattn.models.lookupvit import LookupViT
 
-from .benchmark import gmacs, hardware, peak_memory, read_results, stamp, take_turns, write_results
 from .cli import Parser, UserError, number
 from .config import check_device, check_model_name
+from .measuring import gmacs, hardware, peak_memory, read_results, stamp, take_turns, write_results
 
 PEERS = {
     "lookupvit_t16": "vit_tiny_patch16_224",

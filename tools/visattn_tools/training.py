@@ -18,13 +18,13 @@ import visattn
 
 from . import report
 from .augment import Albumentations
-from .benchmark import hardware
 from .checkpoint import ModelInfo, load_model, save_state, save_tensors, save_weights
 from .cli import Interrupted, UserError
 from .config import config_hash, parse_train_args, saved_config
 from .data import open_data
 from .engine import Engine, LossNotFinite
 from .files import previous_name, write_text
+from .measuring import hardware
 from .model_setup import create_model, data_config_for
 from .processes import Processes, StopSignals
 from .progress import duration

@@ -1,9 +1,6 @@
 """``tools/validate.py``: how good classifiers are on held-out images, and how far to trust the figure."""
 
 import argparse
-import csv
-import io
-import json
 import os
 import re
 import sys
@@ -16,11 +13,9 @@ import matplotlib
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.utils import check_batch_size_retry, decay_batch_step
 from torch import Tensor, nn
 
 from . import report
-from .benchmark import hardware, stamp
 from .checkpoint import ModelInfo
 from .class_names import readable_names
 from .cli import Interrupted, UserError, nearest
@@ -30,11 +25,13 @@ from .evaluation import Evaluation, evaluate
 from .files import replacing, write_text
 from .held_out import open_held_out
 from .loaders import test_loader
+from .measuring import hardware, smaller_batch, stamp
 from .metrics import RealLabels, calibration, interval, per_class
 from .model_files import open_model, open_published
 from .model_setup import probe
 from .processes import Processes, StopSignals
 from .reliability_picture import draw_reliability
+from .rows import csv_text, json_text
 from .validation_flags import validate_parser
 
 
@@ -182,14 +179,11 @@ class Validation:
                 indexed = isinstance(self.images, Images)
                 return evaluate(self.classify, loader, len(self.images), self.processes, pause, indexed)
             except RuntimeError as error:
-                # As timm: the message of an allocator that has no more is not the same everywhere.
-                smaller = decay_batch_step(args.batch_size)
-                if "memory" not in str(error) or not smaller or not check_batch_size_retry(str(error)):
+                smaller = smaller_batch(error, args.batch_size)
+                if not smaller:
                     raise
                 print(f"{self.title}: no memory for {args.batch_size} images at once, trying {smaller}")
                 args.batch_size = smaller
-                if self.processes.device.type == "cuda":
-                    torch.cuda.empty_cache()
 
     def run(self, real_labels: RealLabels | None, stop: StopSignals) -> dict[str, Any]:
         """Classify all images, write what ``--output`` asks for, and return the row of the results."""
@@ -302,18 +296,3 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in good
     ]
     return "\n".join(lines + [f"{row['model']:{width}}  failed: {row['error']}" for row in rows if row["error"]])
-
-
-def json_text(rows: list[dict[str, Any]]) -> str:
-    """Rows as JSON."""
-    return json.dumps(rows, indent=2) + "\n"
-
-
-def csv_text(rows: list[dict[str, Any]]) -> str:
-    """Rows as CSV; columns are the keys of any row but those that hold lists."""
-    keys = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(keys), extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -1,0 +1,123 @@
+"""Where the time and the memory of a model go: operators, activations, modules."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from .files import write_text
+from .measuring import peak_memory, quiet_profile
+
+
+class ActivationCounter(TorchDispatchMode):
+    """Counts the elements that convolutions and matrix products put out, as timm's tables of models do.
+
+    Attributes:
+        elements: So far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            first = next(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+            self.elements += first.numel()
+        return out
+
+
+def activations_and_modules(name: str, input_size: list[int], model_args: dict[str, Any]) -> dict[str, Any]:
+    """Millions of activations for one image, and GMACs of the model's parts, without computing anything."""
+    model = timm.create_model(name, device="meta", **model_args).eval()
+    images = torch.empty(1, *input_size, device="meta")
+    with ActivationCounter() as counter:
+        model(images)
+    with FlopCounterMode(display=False) as flops:
+        model(images)
+    values = {
+        path.partition(".")[2]: sum(counts.values()) / 2e9 for path, counts in flops.get_flop_counts().items() if counts
+    }
+    # The children of the model; of those that are lists, theirs.
+    lists = {path.rpartition(".")[0] for path in values if path.count(".") == 1 and path.split(".")[1].isdigit()}
+    parts = {path: value for path, value in values.items() if path and path.count(".") == (path.split(".")[0] in lists)}
+    return {
+        "activations_m": round(counter.elements / 1e6, 3),
+        "gmacs_of_parts": {path: round(value, 4) for path, value in parts.items() if value},
+    }
+
+
+def operators(step: Callable[[], None], device: torch.device, top: int, trace: Any = None) -> list[dict[str, Any]]:
+    """Operators of a step by the time that they take themselves, the longest first.
+
+    Args:
+        step: Done twice before it is watched.
+        device: On a GPU the time is that of its kernels, else that of the processor.
+        top: How many.
+        trace: File for all that was seen.
+    """
+    gpu = device.type == "cuda"
+    for _ in range(2):
+        step()
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
+    with quiet_profile(kinds) as record:
+        step()
+        if gpu:
+            torch.cuda.synchronize(device)
+    if trace:
+        write_trace(record, trace)
+    rows = []
+    for event in record.key_averages():
+        on_gpu = "CUDA" in str(event.device_type)
+        if gpu != on_gpu:  # on a GPU the processor's share is what launches the kernels that are listed anyway
+            continue
+        microseconds = event.self_device_time_total if gpu else event.self_cpu_time_total
+        rows.append({"operator": event.key, "calls": event.count, "ms": round(microseconds / 1e3, 4)})
+    total = sum(row["ms"] for row in rows) or 1.0
+    rows.sort(key=lambda row: -row["ms"])
+    return [row | {"share": round(row["ms"] / total, 4)} for row in rows[:top]]
+
+
+def write_trace(record: profile, path: Any) -> None:
+    """Write what a profiler saw, for chrome://tracing or Perfetto."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        record.export_chrome_trace(str(temporary))
+        write_text(path, temporary.read_text())
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def profile_model(name: str, steps: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, Any]:
+    """Print and return where time and memory of the steps of a model go.
+
+    Args:
+        name: Of the model.
+        steps: By kind: ``inference`` and ``training``.
+        args: The flags of ``tools/benchmark.py``.
+    """
+    model_args = args.model_kwargs
+    cfg: Any = timm.get_pretrained_cfg(name)
+    size = [cfg.input_size[0], args.img_size, args.img_size] if args.img_size else list(cfg.input_size)
+    figures = activations_and_modules(name, size, model_args)
+    print(f"\n{name}: {figures['activations_m']:.2f} M activations at {'x'.join(map(str, size[1:]))}")
+    total = sum(figures["gmacs_of_parts"].values()) or 1.0
+    for part, value in figures["gmacs_of_parts"].items():
+        print(f"  {part:40} {value:9.3f} GMACs {value / total:6.1%}")
+    device = torch.device(args.device)
+    for kind, step in steps.items():
+        rows = operators(step, device, args.top, args.trace)
+        memory = round(peak_memory(step, args.device) / 2**20, 1)
+        figures |= {f"{kind}_operators": rows, f"{kind}_memory_mib": memory}
+        print(f"{name}, {kind}: {memory:.1f} MiB in a step of {args.batch_size} images; operators by their own time")
+        for row in rows:
+            print(f"  {row['operator'][:60]:60} {row['calls']:6} calls {row['ms']:10.3f} ms {row['share']:6.1%}")
+    return figures
