@@ -106,7 +106,8 @@ class Engine:
 
     def _wrap(self) -> None:
         # The compiled module shares the parameters; state and weights are taken from the plain one.
-        self.wrapped = self.model if self.args.fsdp else self.processes.wrap(self.model)
+        module = self.objective.module
+        self.wrapped = module if self.args.fsdp else self.processes.wrap(module)
         self.call = self._compiled(self.wrapped) if self.args.torchcompile else self.wrapped
 
     def _freeze(self, frozen: bool) -> None:
@@ -291,7 +292,8 @@ class Engine:
         self.processes.share_statistics(self.weights, reduce=self.args.dist_bn == "reduce")
         self.weights.eval()
         # The average has parameters of its own, which the compiled model does not see; and every process tests alone.
-        call = self.weights if self.ema or self.processes.count > 1 else self.call
+        alone = self.ema or self.processes.count > 1 or self.objective.module is not self.model
+        call = self.weights if alone else self.call
 
         def classify(images: Tensor) -> Tensor:
             with self._autocast():

@@ -159,7 +159,7 @@ def _loader(
         drop_last=drop_last,
         num_workers=args.workers,
         collate_fn=fast_collate,
-        pin_memory=args.pin_mem,
+        pin_memory=args.pin_mem and args.device != "cpu",  # there is nothing to copy to, and torch warns
         worker_init_fn=_leave_group,
         generator=torch.Generator(),  # else every iteration would draw a seed from the global one
     )

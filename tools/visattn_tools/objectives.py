@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from visattn.models.lookupvit import LookupViT
-from visattn.models.sparsifiner import Sparsifiner
+from visattn.models.sparsifiner import ModelDetails, Sparsifiner
 
 from .cli import UserError
-from .processes import process_count
 from .sparsifiner_losses import STRATEGIES, TEACHER_LOSSES, WEIGHTS, check_teacher, freeze, losses, total
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -32,6 +31,11 @@ class Objective:
     def __init__(self, model: nn.Module, criterion: Criterion) -> None:
         self.model, self.criterion = model, criterion
 
+    @property
+    def module(self) -> nn.Module:
+        """What the engine is to compile or wrap, and to hand over as ``call``."""
+        return self.model
+
     def __call__(self, call: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, step: int) -> Tensor:
         """Loss of a batch.
 
@@ -42,6 +46,17 @@ class Objective:
             step: Updates so far: the same in all batches that one update accumulates.
         """
         return self.criterion(call(images), targets)
+
+
+class _Details(nn.Module):
+    """A Sparsifiner's details as the result of ``forward``, which is what several processes exchange gradients of."""
+
+    def __init__(self, model: Sparsifiner) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> ModelDetails:
+        return self.model.forward_details(images)
 
 
 class SparsifinerObjective(Objective):
@@ -81,15 +96,21 @@ class SparsifinerObjective(Objective):
             self.teacher = teacher.eval().requires_grad_(False)
             self.teacher.set_execution("dense")
         freeze(model, strategy)
+        self._module = model if self.names == ("cls",) else _Details(model)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself for its logits, else all that the losses look at."""
+        return self._module
 
     def __call__(self, call: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, step: int) -> Tensor:
-        if self.names == ("cls",):
+        if self.module is self.model:
             return self.weights["cls"] * self.criterion(call(images), targets)
         teacher = None
         if self.teacher is not None:
             with torch.no_grad():
                 teacher = self.teacher.forward_details(images)
-        student = self.student.forward_details(images)
+        student: Any = call(images)
         found = losses(self.names, student, teacher, targets, self.criterion, self.token_criterion)
         return total(found, self.weights)
 
@@ -164,16 +185,11 @@ def check_flags(args: argparse.Namespace) -> None:
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} needs --strategy")
         return
-    for flag in ("torchcompile", "grad_checkpointing"):
+    for flag in ("torchcompile", "grad_checkpointing", "fsdp"):
         if getattr(args, flag) and args.strategy != "cls":
             raise UserError(
                 f"--{flag.replace('_', '-')} cannot be had with --strategy {args.strategy}, which looks into the model"
             )
-    if process_count() > 1 and args.strategy != "cls":
-        raise UserError(
-            f"--strategy {args.strategy} looks into the model, past the exchange of gradients: "
-            f"it trains in one process, not in torchrun's {process_count()}"
-        )
     if args.teacher_weights and not Path(args.teacher_weights).is_file():
         raise UserError(f"--teacher-weights {args.teacher_weights}: no such file")
     for name, value in args.loss_weights.items():
