@@ -40,11 +40,20 @@ def load_checkpoint(path: str, map_location: Any = None) -> dict[str, Any]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"checkpoint {path}: no such file")
-    try:
-        with torch.serialization.safe_globals(_history_types()):
+    with torch.serialization.safe_globals(_history_types()):
+        try:
             return torch.load(file, map_location=map_location, weights_only=True)
-    except Exception as error:  # zip, pickle, end of file, ...
-        raise ValueError(f"checkpoint {path} is damaged or holds more than weights: {str(error)[:400]}") from error
+        except Exception as error:  # zip, pickle, end of file, ...
+            reason = _blocked(file) or str(error).splitlines()[0]
+            raise ValueError(f"checkpoint {path} is damaged or holds more than weights: {reason}") from error
+
+
+def _blocked(file: Path) -> str:
+    """What a checkpoint refers to beside weights and histories; empty where that is not the matter."""
+    try:
+        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(file))))
+    except Exception:  # damaged, or of the old, unzipped format, which cannot be listed
+        return ""
 
 
 def _load_from_url(url: str, map_location: Any = None) -> dict[str, Any]:

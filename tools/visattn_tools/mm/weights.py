@@ -135,10 +135,10 @@ def _read(source: str) -> dict[str, Any]:
 
 def _check_settings(backbone: nn.Module, whole: nn.Module, source: str) -> None:
     """Weights can decide a setting beside tensors: the eps of VAN's norms."""
-    theirs = {name: getattr(module, "eps", None) for name, module in whole.named_modules()}
+    theirs = {name: module.eps for name, module in whole.named_modules() if hasattr(module, "eps")}
     for name, module in backbone.named_modules():
-        if getattr(module, "eps", None) != theirs.get(name):
+        if name in theirs and getattr(module, "eps", None) not in (None, theirs[name]):
             raise ValueError(
-                f"the weights in {source} were trained with eps={theirs.get(name)} in {name}, but the backbone has "
-                f"eps={module.eps}; build it with norm_eps={theirs.get(name)}"  # type: ignore[union-attr]
+                f"the weights in {source} were trained with eps={theirs[name]} in {name}, but the backbone has "
+                f"eps={module.eps}; build it with norm_eps={theirs[name]}"
             )
