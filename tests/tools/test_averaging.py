@@ -87,7 +87,7 @@ def test_greedy_takes_what_does_not_lower_the_accuracy(
             self.top1 = top1
 
     def evaluate(self: validation.Validation, stop: object) -> Result:
-        own = self.net.state_dict()["conv_stem.weight"]
+        own = self.classifier.net.state_dict()["conv_stem.weight"]
         for members, top1 in table.items():
             mean = torch.stack([states[i]["conv_stem.weight"].double() for i in members]).mean(0).float()
             if torch.allclose(own, mean, atol=1e-7):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import ModelInfo, difference, save_weights
+from .classifier import Classifier
 from .cli import Parser, UserError
 from .config import check_device
 from .conversion import create
@@ -159,10 +160,10 @@ def greedy(args: argparse.Namespace, info: ModelInfo) -> tuple[Weights, dict[str
         if processes.count > 1:
             raise UserError("average.py runs in one process")
         net = create(info.architecture, info.num_classes, info.model_args)
-        judge = Validation(info.architecture, args, processes, opened=(net, info))
+        judge = Validation(info.architecture, args, processes, Classifier(net, info, args, processes.device))
 
         def top1(weights: Weights) -> float:
-            judge.net.load_state_dict(weights)
+            net.load_state_dict(weights)
             return judge.evaluate(stop).top1
 
         alone = {}

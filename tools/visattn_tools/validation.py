@@ -12,12 +12,10 @@ from typing import Any
 import matplotlib
 import timm
 import torch
-from timm.data import resolve_data_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import report
-from .checkpoint import ModelInfo
-from .class_names import readable_names
+from .classifier import Classifier, protocol
 from .cli import Interrupted, UserError, nearest
 from .config import check_device
 from .data import Images
@@ -27,8 +25,6 @@ from .held_out import open_held_out
 from .loaders import test_loader
 from .measuring import hardware, smaller_batch, stamp
 from .metrics import RealLabels, calibration, interval, per_class
-from .model_files import open_model, open_published
-from .model_setup import probe
 from .processes import Processes, StopSignals
 from .reliability_picture import draw_reliability
 from .rows import csv_text, json_text
@@ -121,7 +117,7 @@ class Validation:
         model: A file, a run folder, or a name.
         args: The flags.
         processes: Those that share the images.
-        opened: The model, if it has been opened already.
+        classifier: The model, if it has been opened already.
     """
 
     def __init__(
@@ -129,36 +125,18 @@ class Validation:
         model: str | Path,
         args: argparse.Namespace,
         processes: Processes,
-        opened: tuple[nn.Module, ModelInfo] | None = None,
+        classifier: Classifier | None = None,
     ) -> None:
         self.args, self.processes, self.title = args, processes, str(model)
-        if opened:
-            net, info = opened
-        elif isinstance(model, Path):
-            net, info = open_model(model, args.use_ema, args.model, args.num_classes, args.model_kwargs)
-        else:
-            net, info = open_published(model, args.model_kwargs)
-        self.info = info
-        self.config = resolve_data_config(vars(args), pretrained_cfg=info.data_config)
-        self.names = readable_names(info)
-        self.images = open_held_out(args, info, self.config["input_size"])
-        self.allowed = _valid_labels(args.valid_labels, info.num_classes) if args.valid_labels else None
-        memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.memory_format = memory_format
-        self.net = net.to(processes.device).to(memory_format=memory_format).eval()
-        probe(self.net, info.architecture, self.config["input_size"])
-        self.call: Any = self.net
-        if args.torchcompile:
-            self.call = torch.compile(self.net, backend=args.torchcompile, mode=args.torchcompile_mode)
+        self.classifier = classifier or Classifier.open(model, args, processes.device)
+        self.info, self.config = self.classifier.info, self.classifier.config
+        self.images = open_held_out(args, self.info, self.config["input_size"])
+        self.allowed = _valid_labels(args.valid_labels, self.info.num_classes) if args.valid_labels else None
 
     def classify(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of images (B, C, H, W)."""
-        device, dtype = self.processes.device.type, getattr(torch, self.args.amp_dtype)
-        with torch.autocast(device, dtype=dtype, enabled=self.args.amp):
-            logits = self.call(images.contiguous(memory_format=self.memory_format)).float()
-        if self.allowed is not None:
-            logits[:, ~self.allowed.to(logits.device)] = -torch.inf
-        return logits
+        """Logits (B, classes) of images (B, C, H, W); -inf for what may not be predicted."""
+        logits = self.classifier(images)
+        return logits if self.allowed is None else logits.masked_fill(~self.allowed.to(logits.device), -torch.inf)
 
     def evaluate(self, stop: StopSignals) -> Evaluation:
         """Classify all images; in smaller batches if the memory does not hold these.
@@ -208,7 +186,7 @@ class Validation:
             files = [self.images.source.name(index) for index in sorted(kept)]
             row |= {key: round(share, 4) for key, share in real_labels.accuracy(result.top, files).items()}
         row |= {
-            "param_count": sum(p.numel() for p in self.net.parameters()),
+            "param_count": sum(p.numel() for p in self.classifier.net.parameters()),
             "img_size": self.config["input_size"][-1],
             **{key: self.config[key] for key in ("crop_pct", "crop_mode", "interpolation")},
             "amp": self.args.amp_dtype if self.args.amp else "",
@@ -231,10 +209,11 @@ class Validation:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise UserError(f"--output {folder}: {problem.strerror}") from None
-        write_text(folder / "per_class.csv", csv_text(per_class(result, self.images.class_names, self.names)))
+        names = self.classifier.names
+        write_text(folder / "per_class.csv", csv_text(per_class(result, self.images.class_names, names)))
         with matplotlib.rc_context(report.STYLE):
             figures = {
-                "confusion.png": report.draw_confusion(result, self.names),
+                "confusion.png": report.draw_confusion(result, names),
                 "reliability.png": draw_reliability(error, bins),
             }
             for name, figure in figures.items():
@@ -257,21 +236,6 @@ def _valid_labels(file: str, num_classes: int) -> Tensor:
     allowed = torch.zeros(num_classes, dtype=torch.bool)
     allowed[numbers] = True
     return allowed
-
-
-def protocol(config: dict[str, Any]) -> str:
-    """How an image becomes an input, in words."""
-    height, width = config["input_size"][1:]
-    if config["crop_mode"] == "squash":
-        resize = f"resize to {int(height / config['crop_pct'])}x{int(width / config['crop_pct'])}, shape not kept"
-    else:
-        side = "longer" if config["crop_mode"] == "border" else "shorter"
-        resize = f"resize {side} side to {int(min(height, width) / config['crop_pct'])}"
-    mean, std = ("(" + ", ".join(f"{value:.4g}" for value in config[key]) + ")" for key in ("mean", "std"))
-    return (
-        f"{resize} ({config['interpolation']}), {config['crop_mode']} crop {height}x{width} "
-        f"(crop pct {config['crop_pct']:g}), mean {mean}, std {std}"
-    )
 
 
 def summary(row: dict[str, Any]) -> str:

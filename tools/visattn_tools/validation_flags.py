@@ -24,7 +24,7 @@ def add_model_flags(parser: Parser) -> None:
 
 
 def add_data_flags(parser: Parser) -> None:
-    """Which images, how they are prepared, and what computes: named as in timm's ``validate.py``."""
+    """Which images, how they are prepared, and what computes."""
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="folder", help="as in tools/train.py")
     add("--data-dir", metavar="DIR", help="folder of class folders, or one that holds it under --split")
@@ -39,6 +39,12 @@ def add_data_flags(parser: Parser) -> None:
     add("-j", "--workers", type=number(int, 0, 1024), default=4, help="loader processes")
     add("--pin-mem", action="store_true", help="page-locked batches for faster transfer")
 
+    add_input_flags(parser)
+    add_computation_flags(parser)
+
+
+def add_input_flags(parser: Parser) -> None:
+    """How an image becomes an input."""
     add = parser.add_argument_group("input, by default the model's own").add_argument
     add("--img-size", type=number(int, 16, 4096), help="side of the images")
     add("--crop-pct", type=number(float, 0, 1, above=True), help="share of the resized side that the crop keeps")
@@ -47,8 +53,11 @@ def add_data_flags(parser: Parser) -> None:
     add("--mean", type=float, nargs=3, help="of the normalisation")
     add("--std", type=number(float, 0, above=True), nargs=3, help="of the normalisation")
 
+
+def add_computation_flags(parser: Parser, batch_size: int = 256) -> None:
+    """What computes, and in which way."""
     add = parser.add_argument_group("computation").add_argument
-    add("-b", "--batch-size", type=number(int, 1), default=256, help="images at once; fewer if the memory is too small")
+    add("-b", "--batch-size", type=number(int, 1), default=batch_size, help="images at once; fewer if memory is short")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", choices=("float16", "bfloat16"), default="bfloat16", help="of mixed precision")
