@@ -19,6 +19,7 @@ from .channel_group import channel_group_attention
 from .depthwise_conv import depthwise_conv
 from .halo import halo_attention
 from .layer_norm import add_layer_norm, layer_norm
+from .linear import linear
 from .neighborhood import merge_attentions, na1d, na2d, na3d, neighborhood_attention
 from .reversed_attention import reversed_attention, reversed_attention_mask
 from .sparse_attention import sparse_attention
@@ -33,6 +34,7 @@ __all__ = [
     "depthwise_conv",
     "halo_attention",
     "layer_norm",
+    "linear",
     "merge_attentions",
     "na1d",
     "na2d",

@@ -8,10 +8,11 @@ inputs). A backend asked for by name never falls back to another.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from .triton_support import interpreting
+from .triton_support import interpreting, meta
 
 BACKENDS = ("reference", "recompute", "triton")
 """``reference``: plain torch, any device and dtype, differentiable to any order, exportable; the specification.
@@ -99,6 +100,33 @@ def select_backend(
             return "reference"
         raise ValueError(f"backend='recompute' cannot run {op}: it has no such kernel; use backend=None or 'reference'")
     return name
+
+
+def remembered(check: Callable[..., Any]) -> Callable[[tuple, tuple], Any]:
+    """`check(*tensors, *settings)` as a function of both, which knows its results for GPU tensors of the same layout.
+
+    Checks and the choice of a backend take longer than a kernel of some microseconds.
+
+    Args:
+        check: Depends on the layout of tensors (or None), on settings, on the backend asked for, and on autocast.
+    """
+    known: dict[tuple, Any] = {}
+
+    def look_up(tensors: tuple, settings: tuple) -> Any:
+        if torch.compiler.is_compiling() or not tensors[0].is_cuda:
+            return check(*tensors, *settings)
+        key = (*map(meta, tensors), settings, _override, must_stay_plain(), torch.is_autocast_enabled("cuda"))
+        result = known.get(key)
+        if result is None:
+            if len(known) >= _MAX_KNOWN:
+                known.clear()
+            result = known[key] = check(*tensors, *settings)
+        return result
+
+    return look_up
+
+
+_MAX_KNOWN = 4096
 
 
 def available_backends() -> tuple[str, ...]:

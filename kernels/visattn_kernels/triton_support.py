@@ -1,9 +1,8 @@
 """What the Triton kernels of all operators share: whether one can run, told without importing Triton, and launching."""
 
-import functools
 import importlib.util
-import operator
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,6 +82,28 @@ def meta(x: Tensor | None) -> Any:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
 
 
+def direct(op: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` for plain eager calls; `op`, the operator it is registered as, where somebody traces or watches calls.
+
+    The dispatcher boxes all arguments, which takes longer than a small kernel runs. The first argument is a tensor.
+    """
+
+    def call(*args: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+            or type(args[0]) not in _PLAIN
+        ):
+            return op(*args)
+        return kernel(*args)
+
+    return call
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 class Launch:
     """A kernel with all decided but its tensors: operators keep one per layout of their arguments.
 
@@ -116,15 +137,23 @@ class Launch:
         self.compiled: Any = None
 
     def __call__(self, *tensors: Tensor) -> None:
-        device = tensors[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):  # Triton launches on the current one
+        index = tensors[0].device.index
+        if index is not None and index != torch.cuda.current_device():
+            with torch.cuda.device(index):  # Triton launches on the current one
                 return self(*tensors)
         pointers = [x.data_ptr() for x in tensors]
-        aligned = functools.reduce(operator.or_, pointers) % 16 == 0
-        if aligned and self.compiled is not None:
-            return self.compiled(*pointers, *self.rest)
+        bits = 0
+        for pointer in pointers:
+            bits |= pointer
+        compiled = self.compiled
+        if compiled is not None and bits % 16 == 0:
+            # As Triton itself does it, without the hooks of its profiler.
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            return compiled.run(
+                self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *pointers, *self.rest,
+            )  # fmt: skip
         compiled = self.kernel(*tensors, *self.rest, **self.options)
-        if aligned and compiled is not None:
-            self.compiled = compiled[(self.programs, 1, 1)]
+        if bits % 16 == 0:
+            self.compiled = compiled
         return None

@@ -101,10 +101,11 @@ def test_empty_batch():
 
 def test_opcheck():
     x, weight, bias, other = arguments(CASES[0], DEVICE)
+    taps = weight.flatten(1).t().contiguous()
     for b, add in ((bias, other), (None, None)):
-        torch.library.opcheck(torch.ops.visattn.depthwise_conv_fwd.default, (x, weight, b, add))
+        torch.library.opcheck(torch.ops.visattn.depthwise_conv_fwd.default, (x, taps, b, add))
     for add_grad in (True, False):
-        torch.library.opcheck(torch.ops.visattn.depthwise_conv_bwd_dx.default, (x, weight, add_grad))
+        torch.library.opcheck(torch.ops.visattn.depthwise_conv_bwd_dx.default, (x, taps, add_grad))
 
 
 def test_flops_are_those_of_the_conv():

@@ -76,7 +76,7 @@ def test_opcheck():
     x, branch, weight, bias = arguments((4, 20), torch.float32, DEVICE)
     for add in (branch, None):
         torch.library.opcheck(torch.ops.visattn.layer_norm_fwd.default, (x, add, weight, bias, 1e-6))
-        torch.library.opcheck(torch.ops.visattn.layer_norm_bwd.default, (add, x, x, weight, 1e-6))
+        torch.library.opcheck(torch.ops.visattn.layer_norm_bwd.default, (x, add, x, weight, 1e-6))
 
 
 X, W = torch.zeros(2, 3, 8), torch.ones(8)

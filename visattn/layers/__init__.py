@@ -2,12 +2,12 @@
 
 from .bi_level_routing import BiLevelRoutingAttention, RegionRouter, RoutingRecord, record_routing
 from .channel_group import ChannelGroupAttention
-from .channels_last import DepthwiseConv, MapNorm
+from .channels_last import DepthwiseConv, MapLinear, MapNorm
 from .connectivity import ConnectivityPredictor
 from .global_attention import GlobalAttention
 from .halo import HaloAttention, resize_rel_table
 from .large_kernel import LargeKernelAttention, LargeKernelGate
-from .mlp import DepthwiseMlp
+from .mlp import DepthwiseMlp, MapMlp
 from .neighborhood import NeighborhoodAttention, WholeMapAttention, resize_bias_table
 from .reversed_attention import ReversedAttention, at_least_float32
 from .sparse_attention import AttentionDetails, SparseAttention, SparsityRecord, record_sparsity
@@ -24,6 +24,8 @@ __all__ = [
     "HaloAttention",
     "LargeKernelAttention",
     "LargeKernelGate",
+    "MapLinear",
+    "MapMlp",
     "MapNorm",
     "NeighborhoodAttention",
     "RegionRouter",

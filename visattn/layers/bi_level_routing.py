@@ -17,7 +17,7 @@ from visattn_kernels import (
     topk_routing,
 )
 
-from .channels_last import DepthwiseConv
+from .channels_last import DepthwiseConv, MapLinear
 
 register_notrace_function(bi_level_routing_attention)
 
@@ -176,7 +176,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.soft_routing = soft_routing
         self.lepe_margin = lepe_kernel_size // 2
 
-        self.qkv = nn.Linear(dim, 2 * qk_dim + dim, **dd)
+        self.qkv = MapLinear(dim, 2 * qk_dim + dim, **dd)
         self.router = RegionRouter(
             qk_dim,
             (regions[0], regions[1]),
@@ -188,7 +188,7 @@ class BiLevelRoutingAttention(nn.Module):
             **dd,
         )
         self.lepe = DepthwiseConv(dim, lepe_kernel_size, **dd) if lepe_kernel_size > 0 else None
-        self.proj = nn.Linear(dim, dim, **dd) if proj else nn.Identity()
+        self.proj = MapLinear(dim, dim, **dd) if proj else nn.Identity()
 
     def _outside(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Queries, keys and values (heads, dim) of a token outside the map; None means zeros."""

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from timm.layers import LayerNorm, register_notrace_function
 from torch import Tensor, nn
-from visattn_kernels import add_layer_norm, depthwise_conv, layer_norm
+from visattn_kernels import add_layer_norm, depthwise_conv, layer_norm, linear
 
 register_notrace_function(layer_norm)
 register_notrace_function(add_layer_norm)
 register_notrace_function(depthwise_conv)
+register_notrace_function(linear)
 
 
 class MapNorm(LayerNorm):
@@ -50,3 +51,14 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         return depthwise_conv(x, self.weight, self.bias, add)
+
+
+class MapLinear(nn.Linear):
+    """``nn.Linear`` whose casts and gradients are one step on a GPU.
+
+    Shape:
+        (..., C) -> (..., C_out)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .channels_last import DepthwiseConv
+from .channels_last import DepthwiseConv, MapLinear
 
 LEPE_SOURCES = ("none", "input", "value")
 
@@ -47,9 +47,9 @@ class GlobalAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.lepe_of_value = lepe == "value"
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = MapLinear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = DepthwiseConv(dim, lepe_kernel_size, **dd) if lepe != "none" and lepe_kernel_size > 0 else None
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = MapLinear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape

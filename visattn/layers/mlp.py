@@ -1,9 +1,39 @@
-"""Feed-forward layers that timm lacks."""
+"""Feed-forward layers of maps that timm lacks."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .channels_last import MapLinear
+
+
+class MapMlp(nn.Module):
+    """Linear, GELU, linear.
+
+    Args:
+        in_features: Input and output width.
+        hidden_features: Width between the linear layers.
+
+    Shape:
+        (..., in_features) -> (..., in_features)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1 = MapLinear(in_features, hidden_features, **dd)
+        self.act = nn.GELU()
+        self.fc2 = MapLinear(hidden_features, in_features, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class DepthwiseMlp(nn.Module):
@@ -33,7 +63,7 @@ class DepthwiseMlp(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def pointwise(dim: int, out_dim: int) -> nn.Module:
-            return nn.Conv2d(dim, out_dim, 1, **dd) if use_conv else nn.Linear(dim, out_dim, **dd)
+            return nn.Conv2d(dim, out_dim, 1, **dd) if use_conv else MapLinear(dim, out_dim, **dd)
 
         self.use_conv = use_conv
         self.fc1 = pointwise(in_features, hidden_features)

@@ -17,14 +17,13 @@ from timm.layers import (
     DropPath,
     LayerNorm2d,
     LayerScale,
-    Mlp,
     calculate_drop_path_rates,
     trunc_normal_,
 )
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from ..layers import BiLevelRoutingAttention, DepthwiseConv, DepthwiseMlp, GlobalAttention, MapNorm
+from ..layers import BiLevelRoutingAttention, DepthwiseConv, DepthwiseMlp, GlobalAttention, MapMlp, MapNorm
 from ._builder import StateDict, build_model, register_model, unwrap, weights_cfg
 from ._pyramid import PyramidBackbone, PyramidStage, per_stage
 
@@ -109,7 +108,7 @@ class BiFormerBlock(nn.Module):
         self.attn = mixer
         self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.norm2 = MapNorm(dim, eps=1e-6, **dd)
-        self.mlp = (DepthwiseMlp if mlp_dwconv else Mlp)(dim, int(dim * mlp_ratio), **dd)
+        self.mlp = (DepthwiseMlp if mlp_dwconv else MapMlp)(dim, int(dim * mlp_ratio), **dd)
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 

@@ -1,13 +1,14 @@
 """Public functions of bi-level routing attention: validation, geometry, choice of backend."""
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..backend import current_override, must_stay_plain, select_backend
+from ..backend import remembered, select_backend
 from ..checks import check_map, check_pad, check_same, region_size_of, to_pair
-from ..triton_support import meta, too_wide, why_not, why_not_heads
+from ..triton_support import too_wide, why_not, why_not_heads
 from . import reference
 from .ops import recompute_attention, triton_attention, triton_region_routing
 
@@ -43,15 +44,11 @@ def _check_descriptors(q: Tensor, k: Tensor, topk: int) -> None:
     _check_topk(topk, k.shape[1])
 
 
-def _check_routing(
-    q: Tensor,
-    k: Tensor,
-    num_regions: int | Pair,
-    topk: int,
-    region_size: Pair | None,
-    pad_q: Tensor | None,
-    pad_k: Tensor | None,
-) -> tuple[Pair, Pair]:
+@remembered
+def _check_routing(  # type: ignore[no-untyped-def]
+    q, k, pad_q, pad_k, topk, num_regions, region_size, learns
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], Pair, Pair]:
+    """The function that runs these arguments, and their geometry spelled out for it."""
     check_map(q, "q")
     check_same(q, "q", k=k)
     if q.shape != k.shape:
@@ -60,7 +57,11 @@ def _check_routing(
     check_pad(pad_k, k, "pad_k")
     num = to_pair(num_regions, "num_regions")
     _check_topk(topk, num[0] * num[1])
-    return num, region_size_of(q, num, region_size, "region_size")
+    run = reference.region_routing
+    if not learns:
+        name = select_backend("region_routing", None, lambda: _why_not_triton_routing(q, k, num), recompute=False)
+        run = triton_region_routing if name == "triton" else run
+    return run, num, region_size_of(q, num, region_size, "region_size")
 
 
 def _check_pool(mode: str, pool_size: int | Pair, region_size: Pair) -> Pair:
@@ -167,12 +168,10 @@ def region_routing(
 def _checked_routing(  # type: ignore[no-untyped-def]
     q, k, num_regions, topk, region_size, pad_q, pad_k, count_padding, scale
 ) -> tuple[Tensor, Tensor]:
-    num, size = _check_routing(q, k, num_regions, topk, region_size, pad_q, pad_k)
-    run = reference.region_routing
     # The fused kernels decide; a routing that is to be differentiated is plain torch's on every backend.
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, pad_q, pad_k))):
-        name = select_backend("region_routing", None, lambda: _why_not_triton_routing(q, k, num), recompute=False)
-        run = triton_region_routing if name == "triton" else run
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, pad_q, pad_k))
+    sizes = (tuple(n) if isinstance(n, list) else n for n in (num_regions, region_size))
+    run, num, size = _check_routing((q, k, pad_q, pad_k), (topk, *sizes, learns))
     return run(q, k, num, topk, size, pad_q, pad_k, count_padding, scale)
 
 
@@ -323,28 +322,15 @@ def _checked_attention(  # type: ignore[no-untyped-def]
     q, k, v, indices, num_regions, scale, weights, pad_k, pad_v, region_size, kv_num_regions, kv_region_size, backend
 ) -> Tensor:
     tensors = (q, k, v, indices, weights, pad_k, pad_v)
-    settings = (num_regions, scale, region_size, kv_num_regions, kv_region_size, backend)
-    # Checks take longer than a kernel of some microseconds; those of a call like an earlier one are known.
-    key = None
-    if not torch.compiler.is_compiling() and q.is_cuda and not _CHECK_INDICES:
-        key = (*map(meta, tensors), repr(settings), current_override(), must_stay_plain())
-        known = _known.get(key)
-        if known is not None:
-            return known[0](*tensors, *known[1])
-    run, geometry = _check_attention(*tensors, *settings)
-    if key is not None:
-        if len(_known) >= _MAX_KNOWN:
-            _known.clear()
-        _known[key] = run, geometry
+    sizes = (num_regions, region_size, kv_num_regions, kv_region_size)
+    settings = (*(tuple(n) if isinstance(n, list) else n for n in sizes), scale, backend)
+    # Values of indices are not what results can be remembered by.
+    run, geometry = _check_attention(*tensors, *settings) if _CHECK_INDICES else _known_attention(tensors, settings)
     return run(*tensors, *geometry)
 
 
-_known: dict[tuple, tuple] = {}
-_MAX_KNOWN = 4096
-
-
 def _check_attention(  # type: ignore[no-untyped-def]
-    q, k, v, indices, weights, pad_k, pad_v, num_regions, scale, region_size, kv_num_regions, kv_region_size, backend
+    q, k, v, indices, weights, pad_k, pad_v, num_regions, region_size, kv_num_regions, kv_region_size, scale, backend
 ) -> tuple:
     """The function that runs these arguments, and their geometry and scale spelled out for it."""
     for x, name in ((q, "q"), (k, "k"), (v, "v")):
@@ -371,6 +357,9 @@ def _check_attention(  # type: ignore[no-untyped-def]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     name = select_backend("bi_level_routing_attention", backend, lambda: _why_not_triton(q, k, v, scale))
     return _BACKENDS[name], (num, size, kv_num, kv_size, scale)
+
+
+_known_attention = remembered(_check_attention)
 
 
 _BACKENDS = {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..triton_support import direct
 from .reference import from_regions, gather_regions, to_regions
 
 _ARGUMENTS = (
@@ -226,10 +227,13 @@ torch.library.impl("visattn::region_routing", "CompositeExplicitAutograd", _regi
 torch.library.register_fake("visattn::region_routing", _fake_region_routing)
 
 _ops = torch.ops.visattn
-triton_region_routing = _ops.region_routing.default
+triton_region_routing = direct(_ops.region_routing.default, _region_routing)
 """The fused routing; arguments as the reference's. No gradients."""
 _PLAIN = (_ops.bra_fwd.default, _ops.bra_bwd.default)
-_TRITON = (_ops.bra_triton_fwd.default, _ops.bra_triton_bwd.default)
+_TRITON = (
+    direct(_ops.bra_triton_fwd.default, _triton_forward),
+    direct(_ops.bra_triton_bwd.default, _triton_backward),
+)
 
 
 def _count(q_shape, k_shape, v_shape, indices_shape, num_regions, region_size, kv_region_size, qk, pv) -> int:  # type: ignore[no-untyped-def]

@@ -112,7 +112,10 @@ def bra_fwd_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for i in range(0, tl.cdiv(topk * k_tokens, BLOCK_N) if PACKED else topk * steps):
+    # A tile wholly outside the map has nothing to do; told from scalars, for a bound that is one for all threads.
+    first_y, first_x = place(tile * BLOCK_M, region, regions_w, inv_regions_w, size_h, size_w, inv_size_w)
+    count = topk if first_y < H and region % regions_w * size_w < W else 0
+    for i in range(0, tl.cdiv(count * k_tokens, BLOCK_N) if PACKED else count * steps):
         token, key_region, slot, wanted = walk(
             i, routed, topk, k_tokens, inv_k_tokens, steps, inv_steps, PACKED, BLOCK_N
         )

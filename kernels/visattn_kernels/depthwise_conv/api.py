@@ -1,27 +1,17 @@
 """Public function of depthwise convolution: validation, choice of backend."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..backend import select_backend
+from ..backend import remembered, select_backend
 from ..triton_support import too_wide, why_not
 from . import reference
 from .ops import fused_depthwise_conv
 
 KERNEL_SIZES = (3, 5, 7)
 """Sizes of the Triton kernel."""
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> None:
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}; expected floating-point (B, H, W, C)")
-    C, size = x.shape[3], weight.shape[-1]
-    if tuple(weight.shape) != (C, 1, size, size) or size % 2 == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected ({C}, 1, k, k) with an odd k")
-    if bias is not None and tuple(bias.shape) != (C,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({C},)")
-    if add is not None and add.shape != x.shape:
-        raise ValueError(f"add has shape {tuple(add.shape)}; expected the shape of x, {tuple(x.shape)}")
 
 
 def _why_not_triton(x: Tensor, weight: Tensor, add: Tensor | None) -> str | None:
@@ -34,6 +24,24 @@ def _why_not_triton(x: Tensor, weight: Tensor, add: Tensor | None) -> str | None
     if add is not None and (add.dtype != x.dtype or add.device != x.device):
         return f"add is {add.dtype} on {add.device} but x is {x.dtype} on {x.device}"
     return why_not(x) or too_wide(x)
+
+
+@remembered
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, backend: str | None
+) -> Callable[..., Tensor]:
+    """The function that runs these arguments."""
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}; expected floating-point (B, H, W, C)")
+    C, size = x.shape[3], weight.shape[-1]
+    if tuple(weight.shape) != (C, 1, size, size) or size % 2 == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected ({C}, 1, k, k) with an odd k")
+    if bias is not None and tuple(bias.shape) != (C,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({C},)")
+    if add is not None and add.shape != x.shape:
+        raise ValueError(f"add has shape {tuple(add.shape)}; expected the shape of x, {tuple(x.shape)}")
+    name = select_backend("depthwise_conv", backend, lambda: _why_not_triton(x, weight, add), recompute=False)
+    return fused_depthwise_conv if name == "triton" else reference.depthwise_conv
 
 
 def depthwise_conv(
@@ -57,14 +65,7 @@ def depthwise_conv(
     if torch.jit.is_scripting():
         return reference.depthwise_conv(x, weight, bias, add)
     else:
-        return _checked(x, weight, bias, add, backend)
-
-
-def _checked(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, backend: str | None) -> Tensor:
-    _check(x, weight, bias, add)
-    if x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
-        low = x.to(torch.get_autocast_dtype("cuda"))
-        x, add = low, low if add is x else add
-    name = select_backend("depthwise_conv", backend, lambda: _why_not_triton(x, weight, add), recompute=False)
-    run = fused_depthwise_conv if name == "triton" else reference.depthwise_conv
-    return run(x, weight, bias, add)
+        if x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+            low = x.to(torch.get_autocast_dtype("cuda"))
+            x, add = low, low if add is x else add
+        return _check((x, weight, bias, add), (backend,))(x, weight, bias, add)

@@ -4,6 +4,7 @@ The gradient of the input is the same with the filters turned round, and sums th
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def depthwise_conv_kernel(
 
 
 @functools.lru_cache(4096)
-def plan(x: Any, add: Any, kernel_size: int, taps: Any, bias: Any, backward: bool) -> tuple[Launch, int]:
+def plan(x: Any, add: Any, taps: Any, bias: Any, backward: bool) -> tuple[Launch, int]:
     """The launch for arguments of these shapes, strides and dtypes, and the number of partial sums per channel."""
     B, H, W, C = x[0]
     block_c = min(64, triton.next_power_of_2(C))
@@ -63,7 +64,7 @@ def plan(x: Any, add: Any, kernel_size: int, taps: Any, bias: Any, backward: boo
         B * tiles * c_blocks,
         (*x[1][:3], *(x[1] if add is None else add[1])[:3], H, W, 1 / W, tiles, c_blocks),
         {
-            "C": C, "K": kernel_size, "BLOCK_P": block_p, "BLOCK_C": block_c, "FLIP": backward,
+            "C": C, "K": math.isqrt(taps[0][0]), "BLOCK_P": block_p, "BLOCK_C": block_c, "FLIP": backward,
             "HAS_BIAS": bias is not None, "HAS_ADD": add is not None, "SUM": backward,
         },
         stages=1,
@@ -71,18 +72,12 @@ def plan(x: Any, add: Any, kernel_size: int, taps: Any, bias: Any, backward: boo
     return launch, B * tiles
 
 
-def side_by_side(weight: Tensor) -> Tensor:
-    """Filters (C, 1, k, k) as (k * k, C): as the parameter lies, one tap of 64 channels touches 64 cache lines."""
-    return weight.flatten(1).t().contiguous()
-
-
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
-    """Conv plus `add`, contiguous."""
+def forward(x: Tensor, taps: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
+    """Conv with `taps` (k * k, C) plus `add`, contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
         return out
-    x, add, taps = unit_stride(x), add if add is None else unit_stride(add), side_by_side(weight)
-    bias_dtype = None if bias is None else bias.dtype
-    launch, _ = plan(meta(x), meta(add), weight.shape[-1], taps.dtype, bias_dtype, False)
+    x, add, taps = unit_stride(x), add if add is None else unit_stride(add), taps.contiguous()
+    launch, _ = plan(meta(x), meta(add), meta(taps), None if bias is None else bias.dtype, False)
     launch(x, taps, taps if bias is None else bias.contiguous(), x if add is None else add, out, out)
     return out

@@ -3,23 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..backend import select_backend
+from ..backend import remembered, select_backend
 from ..triton_support import why_not
 from . import reference
 from .ops import fused_add_layer_norm, fused_layer_norm
 
 MAX_CHANNELS = 4096
 """Channels that the Triton kernel keeps in one tile."""
-
-
-def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> None:
-    if x.ndim < 1 or not x.is_floating_point():
-        raise ValueError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}; expected floating-point (..., C)")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.shape != x.shape[-1:]:
-            raise ValueError(f"{name} has shape {tuple(parameter.shape)}; expected the channels of x, ({x.shape[-1]},)")
-    if branch is not None and branch.shape != x.shape:
-        raise ValueError(f"branch has shape {tuple(branch.shape)}; expected the shape of x, {tuple(x.shape)}")
 
 
 def _why_not_triton(x: Tensor, branch: Tensor | None) -> str | None:
@@ -30,7 +20,16 @@ def _why_not_triton(x: Tensor, branch: Tensor | None) -> str | None:
     return why_not(x)
 
 
-def _backend(x: Tensor, branch: Tensor | None, backend: str | None) -> str:
+@remembered
+def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, backend: str | None) -> str:
+    """The backend that runs these arguments."""
+    if x.ndim < 1 or not x.is_floating_point():
+        raise ValueError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}; expected floating-point (..., C)")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter.shape != x.shape[-1:]:
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)}; expected the channels of x, ({x.shape[-1]},)")
+    if branch is not None and branch.shape != x.shape:
+        raise ValueError(f"branch has shape {tuple(branch.shape)}; expected the shape of x, {tuple(x.shape)}")
     if backend is None and torch.compiler.is_compiling():
         return "reference"  # the compiler fuses it with what stands around
     return select_backend("layer_norm", backend, lambda: _why_not_triton(x, branch), recompute=False)
@@ -56,8 +55,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, backe
     if torch.jit.is_scripting():
         return reference.layer_norm(x, weight, bias, eps)
     else:
-        _check(x, None, weight, bias)
-        if _backend(x, None, backend) == "triton":
+        if _check((x, None, weight, bias), (backend,)) == "triton":
             return fused_layer_norm(x, weight, bias, eps)
         return reference.layer_norm(x, weight, bias, eps)
 
@@ -84,7 +82,6 @@ def add_layer_norm(
     if torch.jit.is_scripting():
         return reference.add_layer_norm(x, branch, weight, bias, eps)
     else:
-        _check(x, branch, weight, bias)
-        if _backend(x, branch, backend) == "triton":
+        if _check((x, branch, weight, bias), (backend,)) == "triton":
             return fused_add_layer_norm(x, branch, weight, bias, eps)
         return reference.add_layer_norm(x, branch, weight, bias, eps)

@@ -6,13 +6,15 @@ The sum is the only tensor that backward needs: it reads it anyway, and the stat
 import torch
 from torch import Tensor
 
+from ..triton_support import direct
+
 torch.library.define(
     "visattn::layer_norm_fwd",
     "(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps) -> (Tensor total, Tensor normed)",
 )
 torch.library.define(
     "visattn::layer_norm_bwd",
-    "(Tensor? grad_total, Tensor grad_normed, Tensor total, Tensor weight, float eps)"
+    "(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor weight, float eps)"
     " -> (Tensor grad_x, Tensor grad_weight_bias)",
 )
 
@@ -25,11 +27,11 @@ def _forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps
 
 
 def _backward(
-    grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float
+    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     from .triton_bwd import backward
 
-    return backward(grad_total, grad_normed, total, weight, eps)
+    return backward(grad_normed, grad_total, total, weight, eps)
 
 
 torch.library.impl("visattn::layer_norm_fwd", "CompositeExplicitAutograd", _forward)
@@ -42,12 +44,12 @@ def _(x, branch, weight, bias, eps):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("visattn::layer_norm_bwd")
-def _(grad_total, grad_normed, total, weight, eps):  # type: ignore[no-untyped-def]
+def _(grad_normed, grad_total, total, weight, eps):  # type: ignore[no-untyped-def]
     return total.new_empty(total.shape), weight.new_empty(2, *weight.shape)
 
 
-_fwd = torch.ops.visattn.layer_norm_fwd.default
-_bwd = torch.ops.visattn.layer_norm_bwd.default
+_fwd = direct(torch.ops.visattn.layer_norm_fwd.default, _forward)
+_bwd = direct(torch.ops.visattn.layer_norm_bwd.default, _backward)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -61,7 +63,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        dx, parameters = _bwd(None, grad, *ctx.saved_tensors, ctx.eps)
+        dx, parameters = _bwd(grad, None, *ctx.saved_tensors, ctx.eps)
         return dx, parameters[0], parameters[1], None
 
 
@@ -76,7 +78,7 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, grad_normed):  # type: ignore[no-untyped-def]
-        dx, parameters = _bwd(grad_total, grad_normed, *ctx.saved_tensors, ctx.eps)
+        dx, parameters = _bwd(grad_normed, grad_total, *ctx.saved_tensors, ctx.eps)
         return dx, dx, parameters[0], parameters[1], None
 
 

@@ -61,7 +61,7 @@ def plan(x: Any, weight: Any, add: bool, eps: float) -> Launch:
 
 
 def backward(
-    grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float
+    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the sum, and of the scale and the shift (2, C)."""
     total, grad_normed, weight = total.contiguous(), grad_normed.contiguous(), weight.contiguous()
