@@ -10,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from runs import LIVELY, assert_same_run, exit_codes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from visattn_tools import training
 from visattn_tools.checkpoint import load_state
 from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
+
+from runs import LIVELY, assert_same_run, exit_codes
 
 Flags = Callable[..., list[str]]
 ROOT = Path(__file__).parents[2]
@@ -98,19 +100,48 @@ def test_torchrun(flags: Flags, tmp_path: Path) -> None:
     assert load_state(tmp_path / "runs/run/checkpoints/state.pt")["epoch"] >= 1
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--sync-bn"], r"--sync-bn needs --device cuda, got cpu"),
-        (["--strategy", "joint"], r"--strategy joint looks into the model"),
-    ],
-)
-def test_what_several_processes_cannot_do(
-    flags: Flags, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
-) -> None:
+@pytest.mark.slow
+def test_a_strategy_that_looks_into_the_model(flags: Flags, tmp_path: Path) -> None:
+    """Sparsifiner's losses of inner attention, summed over a batch: two processes average what one adds up."""
+    weights = tmp_path / "weights.safetensors"
+    kwargs = ["--model", "test_sparsifiner", "--model-kwargs", "img_size=32"]
+    save_file(timm.create_model("test_sparsifiner", num_classes=3, img_size=32).state_dict(), weights)
+    more = [*PLAIN, *kwargs, "--epochs", 2, "--pretrained-path", weights]
+    joint = ["--strategy", "joint", "--loss-weights", "attn_self_distill=0"]
+    training.main(flags("one", *more, *joint, "--batch-size", 6))
+    assert exit_codes(flags("two", *more, *joint, "--batch-size", 3), processes=2) == [0, 0]
+    one, two = (load_file(tmp_path / f"runs/{name}/checkpoints/last.safetensors") for name in ("one", "two"))
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
+
+
+def test_what_several_processes_cannot_do(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=message):
-        parse_train_args(flags("run", *more))
+    with pytest.raises(UserError, match=r"--sync-bn needs --device cuda, got cpu"):
+        parse_train_args(flags("run", "--sync-bn"))
+    for more in (["--clip-mode", "agc", "--clip-grad", 1], ["--freeze-epochs", 1], ["--torchcompile"]):
+        with pytest.raises(UserError, match=rf"--fsdp cannot be had with {more[0]}"):
+            parse_train_args(flags("run", "--fsdp", *more))
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(UserError, match=r"--fsdp shards over several processes: start them with torchrun"):
+        parse_train_args(flags("run", "--fsdp"))
+
+
+@pytest.mark.slow
+def test_sharded_weights(flags: Flags, tmp_path: Path) -> None:
+    """FSDP gives the weights of one process, goes on after a kill as if there had been none, and leaves whole files."""
+    more = [*PLAIN, "--epochs", 1, "--model-ema", "--model-ema-decay", 0.5, "--checkpoint-minutes", 0]
+    training.main(flags("one", *more, "--batch-size", 6))
+    sharded = ["--batch-size", 3, "--fsdp"]
+    assert exit_codes(flags("straight", *more, *sharded), processes=2) == [0, 0]
+    assert exit_codes(flags("broken", *more, *sharded), 2, 3, ("step",))[0] == -signal.SIGKILL
+    assert load_state(tmp_path / "runs/broken/checkpoints/state.pt")["batch"] == 2
+    assert exit_codes([*flags("broken", *more, *sharded), "--resume", "auto"], processes=2) == [0, 0]
+    one, straight, broken = (
+        load_file(tmp_path / f"runs/{name}/checkpoints/last.safetensors") for name in ("one", "straight", "broken")
+    )
+    assert all(torch.equal(straight[key], broken[key]) for key in straight)
+    assert max(float((one[key] - straight[key]).abs().max()) for key in one) < 1e-6
+    assert (tmp_path / "runs/straight/predictions.png").exists()
 
 
 def test_a_batch_that_all_processes_cannot_fill(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,13 @@ def whole_model(model: nn.Module) -> dict[str, Any]:
 
 
 def whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of a sharded model's optimizer by names of parameters, likewise."""
+    """The state of a sharded model's optimizer by names of parameters, likewise; nothing before its first step.
+
+    torch would make a state that does not exist yet by a step with gradients of zero, which counts as one and leaves
+    the weight decay in momenta.
+    """
+    if not optimizer.state:
+        return {"state": {}, "param_groups": []}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_optimizer_state_dict(model, optimizer, options=options)
 
@@ -60,4 +66,6 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Give a sharded model's optimizer a whole state, the same in all processes."""
+    if not state["state"]:
+        return
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
