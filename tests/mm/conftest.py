@@ -11,6 +11,8 @@ OPERATORS = os.environ.get("VISATTN_MM", "")
 if OPERATORS not in ("", "torchvision", "compiled"):
     raise pytest.UsageError(f"VISATTN_MM={OPERATORS} must be torchvision or compiled")
 collect_ignore_glob = [] if OPERATORS else ["test_*.py"]
+if OPERATORS:
+    import visattn_tools.mm  # noqa: F401  before a test imports mmcv.ops
 
 
 @pytest.fixture(scope="session")

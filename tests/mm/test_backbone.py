@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import visattn_tools.mm  # noqa: F401
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from visattn_tools.cli import UserError

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import visattn_tools.mm  # noqa: F401
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn

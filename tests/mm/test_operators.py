@@ -5,11 +5,10 @@ import os
 import sys
 from collections.abc import Callable
 
-import visattn_tools.mm as mm  # isort: skip  before anything imports mmcv.ops
-
 import mmcv.ops
 import pytest
 import torch
+import visattn_tools.mm as mm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from visattn_tools.mm import operators

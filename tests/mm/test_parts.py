@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import visattn_tools.mm  # noqa: F401
 from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS, MODELS
 

@@ -1,3 +1,7 @@
+# Mask R-CNN with a small BiFormer on the shapes of tools/make_shapes.py, from random weights: what
+# tools/quickstart_mm.sh trains.
+#
+# Command:   python tools/mm_train.py configs/detection/shapes/mask-rcnn_biformer-mini_fpn_shapes.py
 _base_ = ["../_base_/mask-rcnn.py", "../_base_/shapes.py", "../_base_/schedule_shapes.py", "../_base_/runtime.py"]
 model = dict(
     backbone=dict(model_name="biformer_mini", output_norms=True),

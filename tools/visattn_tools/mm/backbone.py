@@ -1,6 +1,5 @@
 """Any model of visattn or timm as a backbone of MMDetection and MMSegmentation."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,14 +23,22 @@ def _create(model_name: str, **kwargs: Any) -> Any:
     """The whole model, without a classifier.
 
     Raises:
-        ValueError: Unknown name, or a model that gives no feature maps.
+        ValueError: A model that gives no feature maps.
     """
-    if not timm.is_model(model_name):
-        raise ValueError(f"model_name={model_name!r}: no such model{nearest(model_name, timm.list_models())}")
     model: Any = timm.create_model(model_name, num_classes=0, **kwargs)
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(f"model_name={model_name!r} gives no feature maps (no forward_intermediates)")
     return model
+
+
+def _with_own_norms(model_name: str, kwargs: dict[str, Any]) -> Any:
+    """The model with its own norms on the outputs, or None where it has none to give."""
+    try:
+        return _create(model_name, output_norms=True, **kwargs)
+    except TypeError as error:
+        if "output_norms" not in str(error):
+            raise
+        return None
 
 
 def _take(out_indices: Sequence[int] | None, levels: Sequence[dict[str, Any]], model_name: str) -> list[int]:
@@ -113,10 +120,13 @@ class VisAttnBackbone(BaseModule):
         kwargs: dict[str, Any] = dict(model_kwargs, in_chans=in_channels)
         if drop_path_rate is not None:
             kwargs["drop_path_rate"] = drop_path_rate
-        model = _create(model_name, **kwargs)
-        self.own_norms = output_norms and "output_norms" in inspect.signature(type(model).__init__).parameters
-        if self.own_norms:
+        if not timm.is_model(model_name):
+            raise ValueError(f"model_name={model_name!r}: no such model{nearest(model_name, timm.list_models())}")
+        model = _with_own_norms(model_name, kwargs) if output_norms else None
+        own_norms = model is not None
+        if own_norms:
             kwargs["output_norms"] = True
+        else:
             model = _create(model_name, **kwargs)
         self.model_kwargs = kwargs
 
@@ -131,7 +141,7 @@ class VisAttnBackbone(BaseModule):
             model.set_grad_checkpointing(True)
         self.model = model
         self.output_norms: nn.ModuleList | None = None
-        if output_norms and not self.own_norms:
+        if output_norms and not own_norms:
             self.output_norms = nn.ModuleList(LayerNorm2d(channels, eps=1e-6) for channels in self.out_channels)
 
         self.stage_of, stages = self._find_stages()
