@@ -7,6 +7,8 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from visattn_kernels import channel_group_attention
 
+from .channels_last import MapLinear
+
 register_notrace_function(channel_group_attention)
 
 
@@ -45,8 +47,8 @@ class ChannelGroupAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_groups = num_groups
         self.v2 = v2
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = MapLinear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = MapLinear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape

@@ -9,6 +9,8 @@ from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 from visattn_kernels import neighborhood_attention
 
+from .channels_last import MapLinear
+
 register_notrace_function(neighborhood_attention)
 
 
@@ -103,10 +105,10 @@ class NeighborhoodAttention(nn.Module):
         if any(s > k for s, k in zip(self.stride, self.kernel_size)):
             raise ValueError(f"stride={tuple(self.stride)} exceeds kernel_size={tuple(self.kernel_size)}")
         self.pad = pad
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = MapLinear(dim, 3 * dim, bias=qkv_bias, **dd)
         shape = [2 * k - 1 for k in self.kernel_size]
         self.rel_pos_bias = nn.Parameter(torch.empty(num_heads, *shape, **dd)) if rel_pos_bias else None
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = MapLinear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

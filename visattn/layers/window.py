@@ -7,6 +7,8 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from visattn_kernels import window_attention
 
+from .channels_last import MapLinear
+
 register_notrace_function(window_attention)
 
 
@@ -48,8 +50,8 @@ class WindowAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.window_size = (size[0], size[1])
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = MapLinear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = MapLinear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape

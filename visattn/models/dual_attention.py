@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
     DropPath,
-    LayerNorm,
     LayerNorm2d,
-    Mlp,
     NormMlpClassifierHead,
     calculate_drop_path_rates,
     trunc_normal_,
@@ -28,7 +26,7 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from ..layers import ChannelGroupAttention, WindowAttention
+from ..layers import ChannelGroupAttention, DepthwiseConv, MapMlp, MapNorm, WindowAttention
 from ._builder import StateDict, build_model, register_model, unwrap, weights_cfg
 from ._pyramid import PyramidBackbone, PyramidStage, per_stage
 
@@ -68,11 +66,13 @@ class ConvPosEnc(nn.Module):
 
     def __init__(self, dim: int, act: bool, **dd: Any) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.act = nn.GELU() if act else nn.Identity()
+        self.proj = DepthwiseConv(dim, 3, **dd)
+        self.act = nn.GELU() if act else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.act(self.proj(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        if self.act is None:
+            return self.proj(x, x)
+        return x + self.act(self.proj(x))
 
 
 class DaViTBlock(nn.Module):
@@ -83,11 +83,11 @@ class DaViTBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.cpe1 = ConvPosEnc(dim, cpe_act, **dd)
-        self.norm1 = LayerNorm(dim, eps=EPS, **dd)
+        self.norm1 = MapNorm(dim, eps=EPS, **dd)
         self.attn = attn
         self.cpe2 = ConvPosEnc(dim, cpe_act, **dd)
-        self.norm2 = LayerNorm(dim, eps=EPS, **dd) if ffn else None
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if ffn else None
+        self.norm2 = MapNorm(dim, eps=EPS, **dd) if ffn else None
+        self.mlp = MapMlp(dim, int(dim * mlp_ratio), **dd) if ffn else None
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

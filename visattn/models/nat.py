@@ -23,14 +23,13 @@ from timm.layers import (
     LayerNorm,
     LayerNorm2d,
     LayerScale,
-    Mlp,
     calculate_drop_path_rates,
     trunc_normal_,
 )
 from timm.models import checkpoint, generate_default_cfgs
 from torch import Tensor, nn
 
-from ..layers import NeighborhoodAttention, WholeMapAttention, resize_bias_table
+from ..layers import MapMlp, MapNorm, NeighborhoodAttention, WholeMapAttention, resize_bias_table
 from ._builder import StateDict, build_model, register_model, unwrap, weights_cfg
 from ._images import check_images
 from ._pyramid import PyramidBackbone, PyramidStage, per_stage
@@ -133,17 +132,17 @@ class NATBlock(nn.Module):
         self, dim: int, attn: nn.Module, mlp_ratio: float, init_values: float | None, drop_path: float, **dd: Any
     ) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(dim, eps=EPS, **dd)
+        self.norm1 = MapNorm(dim, eps=EPS, **dd)
         self.attn = attn
         self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
-        self.norm2 = LayerNorm(dim, eps=EPS, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.norm2 = MapNorm(dim, eps=EPS, **dd)
+        self.mlp = MapMlp(dim, int(dim * mlp_ratio), **dd)
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        both = self.norm2.add(x, self.drop_path(self.ls1(self.attn(self.norm1(x)))))
+        return both[0] + self.drop_path(self.ls2(self.mlp(both[1])))
 
 
 def _init_linear(module: nn.Module) -> None:
