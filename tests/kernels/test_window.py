@@ -152,7 +152,6 @@ def test_flops(device):
         ({"window_size": (7, 7, 7)}, TypeError, r"window_size=\(7, 7, 7\) must be an int or a pair of ints"),
         ({"window_size": 3.5}, TypeError, "window_size=3.5 must be an int or a pair of ints"),
         ({"backend": "cuda"}, ValueError, "backend='cuda' is not a backend; use one of reference"),
-        ({"backend": "triton"}, ValueError, "backend='triton' cannot run window_attention: .*no Triton kernel"),
         ({"backend": "recompute"}, ValueError, "backend='recompute' cannot run window_attention: it has no such"),
     ],
 )

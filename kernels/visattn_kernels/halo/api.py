@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import select_backend
+from ..backend import remembered, select_backend
 from ..checks import check_map, check_same
 from ..neighborhood.fused import why_not_triton, windowed_attention
 from . import reference
@@ -96,6 +96,15 @@ def halo_attention(
 def _checked_attention(  # type: ignore[no-untyped-def]
     q, k, v, height_rel, width_rel, block_size, halo_size, stride, pixel_offsets, scale, mask_outside, backend
 ) -> Tensor:
+    settings = (block_size, halo_size, stride, pixel_offsets, scale, mask_outside, backend)
+    run, factor = _known_attention((q, k, v, height_rel, width_rel), settings)
+    return run(q, k, v, height_rel, width_rel, block_size, halo_size, stride, pixel_offsets, factor, mask_outside)
+
+
+def _check_attention(  # type: ignore[no-untyped-def]
+    q, k, v, height_rel, width_rel, block_size, halo_size, stride, pixel_offsets, scale, mask_outside, backend
+) -> tuple:
+    """The function that runs these arguments, and their scale."""
     for x, name in ((q, "q"), (k, "k"), (v, "v")):
         check_map(x, name)
     check_same(q, "q", k=k, v=v)
@@ -115,9 +124,10 @@ def _checked_attention(  # type: ignore[no-untyped-def]
     _check_tables(q, block_size + 2 * halo_size, height_rel=height_rel, width_rel=width_rel)
     scale = dim**-0.5 if scale is None else scale
     name = select_backend("halo_attention", backend, lambda: why_not_triton(q, k, v, scale), recompute=False)
-    return _BACKENDS[name](
-        q, k, v, height_rel, width_rel, block_size, halo_size, stride, pixel_offsets, scale, mask_outside
-    )
+    return _BACKENDS[name], scale
+
+
+_known_attention = remembered(_check_attention)
 
 
 def _position_terms(q: Tensor, height_rel: Tensor, width_rel: Tensor) -> Tensor:

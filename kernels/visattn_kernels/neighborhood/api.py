@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backend import select_backend
+from ..backend import remembered, select_backend
 from ..checks import check_same
 from . import reference
 from .fused import why_not_triton, windowed_attention
@@ -145,6 +145,20 @@ def _checked_attention(  # type: ignore[no-untyped-def]
     q, k, v, kernel_size, stride, dilation, is_causal, scale, rel_pos_bias, additional_keys, additional_values,
     return_lse, backend, pad_k, pad_v,
 ):  # fmt: skip
+    tensors = (q, k, v, rel_pos_bias, additional_keys, additional_values, pad_k, pad_v)
+    per_axis = (tuple(x) if isinstance(x, list) else x for x in (kernel_size, stride, dilation, is_causal))
+    settings = (*per_axis, scale, return_lse, backend)
+    layouts = all(x is None or isinstance(x, Tensor) for x in tensors)
+    run, geometry = _known_attention(tensors, settings) if layouts else _check_attention(*tensors, *settings)
+    out, lse = run(*tensors, *geometry)
+    return (out, lse) if return_lse else out
+
+
+def _check_attention(  # type: ignore[no-untyped-def]
+    q, k, v, rel_pos_bias, additional_keys, additional_values, pad_k, pad_v, kernel_size, stride, dilation, is_causal,
+    scale, return_lse, backend,
+) -> tuple:  # fmt: skip
+    """The function that runs these arguments, and their geometry, scale and `return_lse` spelled out for it."""
     _check_maps(q, k, v)
     grid = tuple(q.shape[1:-2])
     n = len(grid)
@@ -171,12 +185,10 @@ def _checked_attention(  # type: ignore[no-untyped-def]
     name = select_backend(
         "neighborhood_attention", backend, lambda: why_not_triton(q, k, v, factor), fallback="recompute"
     )
-    run = _BACKENDS[name]
-    out, lse = run(
-        q, k, v, rel_pos_bias, additional_keys, additional_values, pad_k, pad_v, sizes, strides, dilations, causal,
-        factor, return_lse,
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return _BACKENDS[name], (sizes, strides, dilations, causal, factor, return_lse)
+
+
+_known_attention = remembered(_check_attention)
 
 
 def _check_tensor(x: Any, name: str) -> None:

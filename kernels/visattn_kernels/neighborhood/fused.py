@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..triton_support import why_not_heads
+from ..triton_support import direct, why_not_heads
 from .ops import visible_pairs
 
 _TENSORS = "Tensor? bias, Tensor? extra_k, Tensor? extra_v, Tensor? pad_k, Tensor? pad_v, Tensor? rel"
@@ -73,8 +73,8 @@ def _(grad_out, grad_lse, q, k, v, out, lse, *rest):  # type: ignore[no-untyped-
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, *rest[: _GIVEN - 3]))
 
 
-_fwd = torch.ops.visattn.windowed_fwd.default
-_bwd = torch.ops.visattn.windowed_bwd.default
+_fwd = direct(torch.ops.visattn.windowed_fwd.default, _forward)
+_bwd = direct(torch.ops.visattn.windowed_bwd.default, _backward)
 
 
 def _count(q_shape, v_shape, extra_shape, geometry, qk: int, pv: int) -> int:  # type: ignore[no-untyped-def]

@@ -111,6 +111,7 @@ def na_bwd_dq_kernel(
         if HAS_REL:
             terms = tl.load(rel + column_terms[:, None] + u2[None, :], mask=there2[None, :] & there[:, None], other=0.0)
             column += terms.to(tl.float32) * 1.4426950408889634
+        acc_row = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         acc_column = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i in range(0, tl.cdiv(w0 * w1, ROWS)):
             t0, t1, there1 = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
@@ -137,19 +138,18 @@ def na_bwd_dq_kernel(
                 entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
                 s += tl.load(table + entry_n[None, :] - entry_m[:, None], mask=seen & seen2 & there[:, None], other=0.0)
             if HAS_REL:
-                terms = tl.load(rel + row_terms + t1 - start1, mask=there, other=0.0)
-                s += (terms.to(tl.float32) * 1.4426950408889634)[:, None]
+                row_term = tl.load(rel + row_terms + t1 - start1, mask=there, other=0.0)
+                s += (row_term.to(tl.float32) * 1.4426950408889634)[:, None]
             s = tl.where(seen, s, HIDDEN)
             ds = tl.exp2(s - row_lse[:, None]) * (dp - row_delta[:, None])
             acc = tl.dot(ds.to(rows_k.dtype), rows_k, acc, input_precision=PRECISION)
             if HAS_REL:
-                tl.store(drel + row_terms + t1 - start1, tl.sum(ds, 1).to(drel.dtype.element_ty), mask=there)
+                acc_row += tl.where((u2 == i)[None, :], tl.sum(ds, 1)[:, None], 0.0)
                 acc_column += ds
         if HAS_REL:
-            tl.store(
-                drel + column_terms[:, None] + u2[None, :], acc_column.to(drel.dtype.element_ty),
-                mask=there2[None, :] & there[:, None],
-            )  # fmt: skip
+            exists = there2[None, :] & there[:, None]
+            tl.store(drel + row_terms[:, None] + u2[None, :], acc_row.to(drel.dtype.element_ty), mask=exists)
+            tl.store(drel + column_terms[:, None] + u2[None, :], acc_column.to(drel.dtype.element_ty), mask=exists)
     if HAS_EXTRA:
         kv_row = (b * (heads // group) + kv_head) * extra
         for i in range(0, tl.cdiv(extra, BLOCK_N)):
@@ -192,14 +192,18 @@ def plan(
         windows, q, v, precision, bias=bias is not None, extra=extra is not None, pad=pad is not None,
         rel=rel is not None,
     )  # fmt: skip
-    way = query_tiling(tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None)
+    way = query_tiling(
+        tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None, backward=True
+    )
     dq = Launch(
         na_bwd_dq_kernel, B * way.programs * heads,
         (*strides, *maps, *way.counts, *way.tiles, heads, heads // kv_heads, 0 if extra is None else extra[0][2],
          *factors),
-        {"HAS_GRAD_LSE": grad_lse} | shared | way.constants(), way.warps, min(2, way.stages),
+        {"HAS_GRAD_LSE": grad_lse} | shared | way.constants(), way.warps, way.stages,
     )  # fmt: skip
-    keys = key_tiling(tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, pad is not None)
+    keys = key_tiling(
+        tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, pad is not None, rel is not None
+    )
     dkv = Launch(
         na_bwd_dkv_kernel, B * keys.programs * kv_heads,
         (*strides, *maps, *keys.counts, *keys.tiles, heads, heads // kv_heads, *factors),

@@ -159,7 +159,7 @@ def _bias_plan(
 ) -> tuple[Launch, Launch, int]:
     B, *q_grid, heads, dim = q[0]
     grid, kv_heads, dim_v = k[0][1:4], k[0][4], v[0][-1]
-    way = query_tiling(tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize)
+    way = query_tiling(tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, backward=True)
     boxes = way.programs * heads
     images = triton.cdiv(B, max(1, min(B, PROGRAMS // boxes)))
     parts = triton.cdiv(B, images)

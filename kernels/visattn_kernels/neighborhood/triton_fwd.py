@@ -201,8 +201,8 @@ def na_fwd_kernel(
                 entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
                 s += tl.load(table + entry_n[None, :] - entry_m[:, None], mask=seen & seen2 & there[:, None], other=0.0)
             if HAS_REL:
-                terms = tl.load(rel + row_terms + t1 - start1, mask=there, other=0.0)
-                s += (terms.to(tl.float32) * 1.4426950408889634)[:, None]
+                row_term = tl.load(rel + row_terms + t1 - start1, mask=there, other=0.0)
+                s += (row_term.to(tl.float32) * 1.4426950408889634)[:, None]
             s = tl.where(seen, s, HIDDEN)
             new_top = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - new_top[:, None])

@@ -116,13 +116,12 @@ def _steps(widths: tuple[int, ...], most: int) -> Steps:
     return Steps(max(16, columns, min(most, rows * columns)), columns)
 
 
-def _least_work(options: list[list[Cut]], most: int, step: int) -> tuple[tuple[Cut, ...], Steps, bool]:
-    """The cuts of all axes with the least work, the steps over the boxes that they meet, and whether one is enough.
+def _least_work(options: list[list[Cut]], most: int, step: int) -> tuple[tuple[Cut, ...], Steps, int]:
+    """The cuts of all axes with the least work, the steps over the boxes that they meet, and the most tokens of one.
 
-    Work is products of full tiles, loads of the tokens that a program holds (as if it met 32 more), and what a program
-    costs besides.
+    Work is the products of full tiles, loads (one is as dear as 32 products) and what a program costs besides.
     """
-    best: tuple[float, tuple[Cut, ...], Steps, bool] | None = None
+    best: tuple[float, tuple[Cut, ...], Steps, int] | None = None
     for cuts in itertools.product(*options):
         tokens = math.prod(cut.size for cut in cuts)
         if tokens > most:
@@ -130,20 +129,16 @@ def _least_work(options: list[list[Cut]], most: int, step: int) -> tuple[tuple[C
         largest = tuple(max(cut.widths) for cut in cuts)
         steps, work = _steps(largest, step), 0.0
         for widths in itertools.product(*(cut.widths.items() for cut in cuts)):
-            times = math.prod(n for _, n in widths)
-            work += times * (power_of_2(tokens) * (steps.tokens(tuple(w for w, _ in widths)) + 32) + 1024)
+            times, met = math.prod(n for _, n in widths), tuple(w for w, _ in widths)
+            work += times * (power_of_2(tokens) * steps.tokens(met) + 32 * math.prod(met) + 1024)
         if best is None or work < best[0]:
-            best = work, cuts, steps, steps.tokens(largest) == steps.step
+            best = work, cuts, steps, steps.tokens(largest)
     assert best is not None
     return best[1], best[2], best[3]
 
 
-def _warps(held: int) -> int:
-    return 1 if held <= 16 else 2 if held <= 64 else 4
-
-
 def _tiling(
-    lengths: Triple, groups: list[int], windows: Windows, cuts: tuple[Cut, ...], steps: Steps, once: bool
+    lengths: Triple, groups: list[int], windows: Windows, cuts: tuple[Cut, ...], steps: Steps, warps: int, stages: int
 ) -> Tiling:
     a, b, c = cuts
     tiles = [math.ceil(n / cut.size) for n, cut in zip(groups, cuts)]
@@ -151,32 +146,42 @@ def _tiling(
     held = power_of_2(a.size * b.size * c.size)
     return Tiling(
         (a.size, b.size, c.size), (tiles[0], tiles[1], tiles[2]), (counts[0], counts[1], counts[2]),
-        (a.full, b.full, c.full), lengths[0] > 1, held, steps.step, steps.columns, _warps(held), 1 if once else 2,
+        (a.full, b.full, c.full), lengths[0] > 1, held, steps.step, steps.columns, min(warps, held // 16), stages,
     )  # fmt: skip
 
 
 @functools.lru_cache(4096)
 def query_tiling(
-    q_grid: Triple, grid: Triple, windows: Windows, dim: int, itemsize: int, one_window: bool = False
+    q_grid: Triple, grid: Triple, windows: Windows, dim: int, itemsize: int, rel: bool = False, backward: bool = False
 ) -> Tiling:
-    """Boxes of queries with the least work. With `one_window` all queries of a box share their window."""
-    small = dim > 64 or itemsize == 4
-    most, step = (32, 16) if small else (64, 32)
+    """Boxes of queries with the least work. With position terms (`rel`) all queries of a box share their window, and
+    keys come row by row."""
     groups = [math.ceil(n / d) for n, d in zip(q_grid, windows.dilation)]
     keys = [math.ceil(n / d) for n, d in zip(grid, windows.dilation)]
+    shared = rel or all(
+        stride > 1 or n == 1 or (windows.clamped and k == size)
+        for stride, n, k, size in zip(windows.stride, groups, keys, windows.kernel_size)
+    )
+    small = dim > 64 or itemsize == 4
+    # Windows that many queries share fill large tiles; others are best met by one warp and few keys at a time.
+    most = 32 if small or rel or not shared else 64
     options = [
         [
             _cut_queries(size, n, max(keys[a], windows.kernel_size[a]), windows, a)
             for size in _sizes(n, windows.stride[a], most)
-            if size <= windows.stride[a] or not one_window
+            if size <= windows.stride[a] or not rel
         ]
         for a, n in enumerate(groups)
     ]
-    cuts, steps, once = _least_work(options, most, step)
-    if one_window:  # position terms of rows of keys come row by row
+    cuts, steps, met = _least_work(options, most, 16 if small else 32)
+    if rel:
         row = max(16, next_power_of_2(windows.kernel_size[2]))
-        steps, once = Steps(row, row), False
-    return _tiling(q_grid, groups, windows, cuts, steps, once)
+        return _tiling(q_grid, groups, windows, cuts, Steps(row, row), 1, 2)
+    if backward:
+        return _tiling(q_grid, groups, windows, cuts, steps, 4 if shared else 1, 2)
+    if met < 256 and dim <= 32:
+        steps = _steps(tuple(max(cut.widths) for cut in cuts), 16)
+    return _tiling(q_grid, groups, windows, cuts, steps, 2 if shared else 1, 3)
 
 
 def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
@@ -191,16 +196,21 @@ def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
 
 
 @functools.lru_cache(4096)
-def key_tiling(q_grid: Triple, grid: Triple, windows: Windows, dim: int, itemsize: int, padded: bool) -> Tiling:
+def key_tiling(
+    q_grid: Triple, grid: Triple, windows: Windows, dim: int, itemsize: int, padded: bool, rel: bool = False
+) -> Tiling:
     """Boxes of keys with the least work. With `padded` they cover the keys outside the map too."""
     small = dim > 64 or itemsize == 4
-    most, step = (32, 16) if small else (64, 32)
+    most, step = 32, 16 if small else 32
     if windows.clamped:
         groups = [math.ceil(n / d) for n, d in zip(grid, windows.dilation)]
         if padded:
             groups = [max(n, k) for n, k in zip(groups, windows.kernel_size)]
         options = [[_cut_keys(size, n, windows, a) for size in _sizes(n, 1, most)] for a, n in enumerate(groups)]
-        return _tiling(grid, groups, windows, *_least_work(options, most, step))
+        cuts, steps, met = _least_work(options, most, step)
+        return _tiling(grid, groups, windows, cuts, steps, 1, 3 if met < 256 and dim <= 32 else 2)
+    if rel and not small:
+        most, step = 64, 64
     # From the start of one window to that of the next, so that few windows share a box; halved until it fits.
     box = list(windows.step)
     while math.prod(box) > most:
@@ -208,7 +218,8 @@ def key_tiling(q_grid: Triple, grid: Triple, windows: Windows, dim: int, itemsiz
         box[a] = math.ceil(box[a] / 2)
     groups = [(math.ceil(n / s) * s if padded else n) + o for n, s, o in zip(grid, windows.step, windows.offset)]
     cuts = tuple(Cut(size, {n: 1}, True) for size, n in zip(box, windows.stride))
-    return _tiling(groups, groups, windows, cuts, _steps(windows.stride, step), False)  # type: ignore[arg-type]
+    steps = _steps(windows.stride, step if rel else 16)
+    return _tiling((grid[0], 1, 1), groups, windows, cuts, steps, 2 if rel else 1, 1 if rel else 3)
 
 
 def _cut_keys(size: int, n: int, windows: Windows, a: int) -> Cut:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import select_backend
+from ..backend import remembered, select_backend
 from ..checks import check_map, check_pad, check_same, to_pair
 from ..neighborhood.fused import why_not_triton, windowed_attention
 from . import reference
@@ -52,6 +52,13 @@ def window_attention(
 
 
 def _checked_attention(q, k, v, window_size, pad_k, pad_v, scale, backend) -> Tensor:  # type: ignore[no-untyped-def]
+    size = tuple(window_size) if isinstance(window_size, list) else window_size
+    run, geometry = _known_attention((q, k, v, pad_k, pad_v), (size, scale, backend))
+    return run(q, k, v, geometry[0], pad_k, pad_v, geometry[1])
+
+
+def _check_attention(q, k, v, pad_k, pad_v, window_size, scale, backend) -> tuple:  # type: ignore[no-untyped-def]
+    """The function that runs these arguments, and their window and scale spelled out for it."""
     for x, name in ((q, "q"), (k, "k"), (v, "v")):
         check_map(x, name)
     check_same(q, "q", k=k, v=v)
@@ -64,7 +71,10 @@ def _checked_attention(q, k, v, window_size, pad_k, pad_v, scale, backend) -> Te
     size = to_pair(window_size, "window_size")
     scale = q.shape[4] ** -0.5 if scale is None else scale
     name = select_backend("window_attention", backend, lambda: why_not_triton(q, k, v, scale), recompute=False)
-    return _BACKENDS[name](q, k, v, size, pad_k, pad_v, scale)
+    return _BACKENDS[name], (size, scale)
+
+
+_known_attention = remembered(_check_attention)
 
 
 def _triton_attention(q, k, v, size, pad_k, pad_v, scale):  # type: ignore[no-untyped-def]
