@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
@@ -118,6 +119,9 @@ class TrainLoader(PrefetchLoader):
         if isinstance(self.images, Stream):
             self.images.set_epoch(epoch, batch)
             self.skip = batch
+            # What webdataset's workers shuffle by; a resumed run has not drawn those of the epochs before.
+            place = np.random.SeedSequence((self.seed, epoch, self.rank)).generate_state(1)
+            self.loader.generator.manual_seed(int(place[0]))
         elif self.epoch_sampler is not None:
             self.images.set_epoch(epoch)
             self.epoch_sampler.epoch, self.epoch_sampler.skip = epoch, batch * self.loader.batch_size

@@ -1,0 +1,201 @@
+"""Flags besides the common ones: each does what it says, also when the run is resumed."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from visattn_tools import training
+from visattn_tools.checkpoint import load_state
+from visattn_tools.cli import UserError
+from visattn_tools.config import parse_train_args
+from visattn_tools.distillation import DistillationObjective
+from visattn_tools.model_setup import create_model
+
+from runs import assert_same_run, killed
+
+Flags = Callable[..., list[str]]
+SHORT = ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", "6"]
+
+
+def _train(flags: list[str]) -> dict[str, torch.Tensor]:
+    return load_file(training.train(parse_train_args(flags)).last)
+
+
+def test_frozen_then_unfrozen(flags: Flags, tmp_path: Path) -> None:
+    """The classifier alone moves at first, and no statistics; then everything; a kill in between changes nothing."""
+    more = ["--epochs", 3, "--warmup-epochs", 0, "--batch-size", 6, "--freeze-epochs", 2, "--lr", 0.01]
+    frozen = _train(flags("frozen", *more, "--epochs", 2))
+    first = _train(flags("first", *more, "--epochs", 1))
+    moved = {key for key in first if not torch.equal(first[key], frozen[key])}
+    assert moved == {"classifier.weight", "classifier.bias"}
+    last = _train(flags("straight", *more, "--sched", "constant"))
+    assert all(not torch.equal(frozen[key], last[key]) for key in last if key.endswith(("conv.weight", "running_var")))
+    for step in (5, 8):
+        name = f"broken{step}"
+        more += ["--checkpoint-minutes", 0]
+        assert killed(flags(name, *more, "--sched", "constant"), step, "step")
+        training.main(flags(name, *more, "--sched", "constant", "--resume", "auto"))
+        assert_same_run(tmp_path / f"runs/{name}", tmp_path / "runs/straight")
+
+
+def test_plateau_goes_on_with_its_memory(flags: Flags, tmp_path: Path) -> None:
+    more = ["--epochs", 6, "--warmup-epochs", 1, "--batch-size", 6, "--sched", "plateau", "--patience-epochs", 0]
+    more += ["--decay-rate", 0.5, "--lr", 1e-5, "--warmup-lr", 1e-6]
+    more += ["--eval-metric", "loss", "--checkpoint-minutes", 0]
+    training.main(flags("straight", *more))
+    assert killed(flags("broken", *more), 11, "step")
+    training.main(flags("broken", *more, "--resume", "auto"))
+    assert_same_run(tmp_path / "runs/broken", tmp_path / "runs/straight")
+    rows = (tmp_path / "runs/straight/summary.csv").read_text().splitlines()[1:]
+    rates = [float(row.rsplit(",", 1)[1]) for row in rows]
+    assert rates[-1] < rates[1] == pytest.approx(1e-5), "no progress, so the rate falls"
+
+
+def test_head_of_the_model(flags: Flags) -> None:
+    options = ["--head-init-scale", 0, "--head-init-bias", -2.5, "--gp", "max"]
+    args = parse_train_args(flags("x", *options))
+    model: Any = create_model(args, 3, {"input_size": (3, 32, 32)})
+    assert model.classifier.weight.abs().max() == 0
+    assert model.classifier.bias.tolist() == [-2.5] * 3
+    assert model.global_pool.pool_type == "max"
+    with pytest.raises(UserError, match=r"unexpected keyword argument 'drop_block_rate'|drop_block"):
+        create_model(
+            parse_train_args(flags("x", "--drop-block", 0.1, "--model", "van_b0")), 3, {"input_size": (3, 32, 32)}
+        )
+
+
+def test_optimizer_arguments(flags: Flags, tmp_path: Path) -> None:
+    _train(flags("run", *SHORT, "--opt", "sgd", "--opt-kwargs", "nesterov=False", "dampening=0.1"))
+    (group, *_) = load_state(tmp_path / "runs/run/checkpoints/state.pt")["optimizer"]["param_groups"]
+    assert (group["nesterov"], group["dampening"]) == (False, 0.1)
+    with pytest.raises(UserError, match=r"--opt sgd with --sched cosine: .*unexpected keyword argument 'nestorov'"):
+        training.main(flags("bad", *SHORT, "--opt", "sgd", "--opt-kwargs", "nestorov=1"))
+    _train(flags("decay", *SHORT, "--layer-decay", 0.5, "--layer-decay-min-scale", 0.2))
+    scales = [
+        g["lr_scale"] for g in load_state(tmp_path / "runs/decay/checkpoints/state.pt")["optimizer"]["param_groups"]
+    ]
+    assert min(scales) == 0.2
+    assert max(scales) == 1
+
+
+def test_the_best_epochs_are_kept(flags: Flags, tmp_path: Path) -> None:
+    training.main(flags("run", "--epochs", 5, "--warmup-epochs", 0, "--lr", 1e-3, "--checkpoint-hist", 2))
+    folder = tmp_path / "runs/run"
+    state = load_state(folder / "checkpoints/state.pt")
+    ranking = sorted(state["history"], key=lambda row: -row["eval_top1"])
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("epoch-*"))
+    assert kept == sorted(f"epoch-{row['epoch']:04d}.safetensors" for row in ranking[:2])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--bce-sum"], r"--bce-sum needs --bce-loss"),
+        (["--wandb-project", "x"], r"--wandb-project and --wandb-tags need --log-wandb"),
+        (["--kd-model-path", "x"], r"--kd-model-path needs --kd-model-name"),
+        (["--kd-model-name", "davit_tt"], r"--kd-model-name davit_tt: no such model; did you mean 'davit_t'"),
+        (["--kd-model-name", "van_b6"], r"--kd-model-name van_b6: "),
+        (["--freeze-epochs", "1", "--strategy", "cls"], r"--freeze-epochs and --strategy exclude each other"),
+    ],
+)
+def test_flags_that_need_others(flags: Flags, more: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        training.main(flags("x", *SHORT, *more))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--cutmix-minmax", "0.2", "0.6", "--bce-loss", "--bce-target-thresh", "0.2", "--bce-sum"],
+        ["--lr-noise", "0.4", "0.9", "--lr-k-decay", "1.2"],
+        ["--lr-cycle-limit", "2", "--lr-cycle-decay", "0.5", "--sched-on-updates"],
+        ["--sched", "poly", "--decay-rate", "1"],
+    ],
+    ids=lambda more: more[0],
+)
+def test_more_switches(flags: Flags, more: list[str]) -> None:
+    weights = _train(flags("run", "--epochs", 2, "--warmup-epochs", 0.5, "--batch-size", 6, *more))
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_distillation(flags: Flags, tmp_path: Path) -> None:
+    """The loss is the criterion's and the divergence from the teacher, who sees images normed as it knows them."""
+    torch.manual_seed(0)
+    student, teacher = (timm.create_model("test_vit", num_classes=3, img_size=32) for _ in range(2))
+    args = parse_train_args(flags("x", "--kd-model-name", "test_vit", "--task-loss-weight", 0.3, "--kd-temperature", 2))
+    norm = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+    objective = DistillationObjective(student.eval(), nn.CrossEntropyLoss(), teacher.eval(), norm, args)
+    images, targets = torch.rand(4, 3, 32, 32) * 2 - 1, torch.tensor([0, 1, 2, 0])
+    mean, std = (torch.tensor(teacher.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))  # type: ignore
+    with torch.no_grad():
+        logits, theirs = student(images), teacher(((images * 0.5 + 0.5) - mean) / std)
+        divergence = F.kl_div((logits / 2).log_softmax(1), (theirs / 2).softmax(1), reduction="batchmean") * 4
+        expected = 0.3 * F.cross_entropy(logits, targets) + 0.7 * divergence
+        assert objective(student, images, targets, 0) == pytest.approx(float(expected), rel=1e-5)
+    weights = tmp_path / "teacher.safetensors"
+    save_file(timm.create_model("test_efficientnet", num_classes=3).state_dict(), weights)
+    more = ["--kd-model-name", "test_efficientnet", "--kd-model-path", weights]
+    before = load_file(weights)
+    _train(flags("run", *SHORT, *more))
+    assert all(torch.equal(before[key], value) for key, value in load_file(weights).items())
+    save_file(timm.create_model("test_efficientnet", num_classes=4).state_dict(), weights)
+    with pytest.raises(UserError, match=r"--kd-model-name test_efficientnet: "):
+        training.main(flags("bad", *SHORT, *more))
+
+
+def test_tensorboard(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    training.main(flags("run", *SHORT, "--epochs", 2, "--log-tensorboard"))
+    events = EventAccumulator(str(tmp_path / "runs/run/tensorboard"))
+    events.Reload()
+    logged = [json.loads(line) for line in (tmp_path / "runs/run/log.jsonl").read_text().splitlines()]
+    losses = [row["train_loss"] for row in logged if row["event"] == "epoch"]
+    assert [event.value for event in events.Scalars("train_loss")] == pytest.approx(losses)
+    assert {"data_wait", "gpu_gib", "images_per_second"} <= logged[1].keys()
+    assert 0 <= logged[1]["data_wait"] <= 1
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"--log-tensorboard needs a package: pip install tensorboard"):
+        training.main(flags("none", *SHORT, "--log-tensorboard"))
+    assert not (tmp_path / "runs/none").exists()
+
+
+class _Wandb:
+    """Stands in for the service's package, which cannot be had without an account."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def init(self, **kwargs: Any) -> "_Wandb":
+        self.calls.append(("init", kwargs))
+        return self
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        self.calls.append((f"log {step}", figures))
+
+    def finish(self, exit_code: int) -> None:
+        self.calls.append(("finish", {"exit_code": exit_code}))
+
+
+def test_weights_and_biases(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"--log-wandb needs a package: pip install wandb"):
+        training.main(flags("x", *SHORT, "--log-wandb"))
+    wandb = _Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
+    training.main(flags("run", *SHORT, "--log-wandb", "--wandb-project", "p", "--wandb-tags", "a", "b"))
+    assert [call for call, _ in wandb.calls] == ["init", "log 1", "finish"]
+    start, figures = wandb.calls[0][1], wandb.calls[1][1]
+    assert (start["project"], start["id"], start["tags"], start["config"]["epochs"]) == ("p", "run", ["a", "b"], 1)
+    assert math.isfinite(figures["train_loss"])
+    assert wandb.calls[-1][1] == {"exit_code": 0}
