@@ -2,8 +2,8 @@
 ``compiled``, as ``tools/test.sh --mm`` does; then a missing package is an error."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,9 +26,13 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _one_scope() -> Any:
-    """mmengine remembers the toolbox of the run before."""
+def _fresh() -> Iterator[None]:
+    """mmengine keeps the toolbox, the histories and the pictures' folder of the first run in a process."""
     yield
+    from mmdet.visualization import DetLocalVisualizer
+    from mmengine.logging import MessageHub
     from mmengine.registry import DefaultScope
+    from mmseg.visualization import SegLocalVisualizer
 
-    DefaultScope._instance_dict.clear()
+    for manager in (DefaultScope, MessageHub, DetLocalVisualizer, SegLocalVisualizer):
+        manager._instance_dict.clear()
