@@ -1,12 +1,12 @@
 """What a long run meets: images that cannot be read, losses that are not finite, folders that cannot be written."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from runs import exit_codes
 from safetensors import safe_open
 from safetensors.torch import load_file
 from visattn_tools import engine, training
@@ -14,6 +14,9 @@ from visattn_tools.checkpoint import load_state
 from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
 from visattn_tools.data import open_data
+from visattn_tools.run_folder import RunFolder
+
+from runs import assert_same_run, exit_codes
 
 Flags = Callable[..., list[str]]
 SHORT = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "4"]
@@ -149,3 +152,47 @@ def test_a_file_system_that_cannot_be_written(flags: Flags, tmp_path: Path, monk
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(UserError, match=r"--output .*runs: cannot write .*runs/run: Read-only file system"):
         training.main(flags("run"))
+
+
+def test_a_disk_that_becomes_full(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clear error and the checkpoint before; with space again the run goes on as if nothing had happened."""
+    more = [*SHORT, "--checkpoint-minutes", 0]
+    training.main(flags("straight", *more))
+    original, count = engine.Engine._step, 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def step(self: engine.Engine, *rest: object) -> torch.Tensor | None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        return original(self, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Engine, "_step", step)
+        try:
+            with pytest.raises(UserError, match=r"cannot write .*run/checkpoints/last\.safetensors: "):
+                training.main(flags("run", *more))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    folder = tmp_path / "runs/run/checkpoints"
+    assert load_state(folder / "state.pt")["batch"] == 2
+    assert load_file(folder / "last.safetensors").keys() == load_file(folder / "last.prev.safetensors").keys()
+    assert not list(folder.glob(".*")), "half a file is left"
+    training.main(flags("run", *more, "--resume", "auto"))
+    assert_same_run(tmp_path / "runs/run", tmp_path / "runs/straight")
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log_file.mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: Is a directory"):
+        folder.log("event")
+
+
+def test_files_that_are_no_images_are_left_alone(flags: Flags, image_folder: Path) -> None:
+    """Beside images and beside class folders; a class folder of nothing else is an error."""
+    (image_folder / "train" / "red" / "Thumbs.db").write_bytes(b"\0")
+    (image_folder / "train" / "README.txt").write_text("what this is")
+    data = open_data(parse_train_args(flags("x")), (3, 32, 32))
+    assert (len(data.train), data.class_names) == (18, ["blue", "green", "red"])

@@ -101,11 +101,19 @@ class RunFolder:
         write_text(self.config, config_text(args))
 
     def log(self, event: str, **values: Any) -> None:
-        """Append a line to ``log.jsonl``."""
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **values}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append a line to ``log.jsonl``.
+
+        Raises:
+            UserError: The disk is full or the folder not writable.
+        """
+        line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **values}) + "\n"
+        try:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.log_file}: {error.strerror or error}") from error
 
     def write_summary(self, history: list[dict[str, Any]]) -> None:
         """Write ``summary.csv``, a row per epoch."""
