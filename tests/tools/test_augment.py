@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from timm.data import auto_augment
 from visattn_tools import training
-from visattn_tools.augment import Albumentations
+from visattn_tools.augment import Albumentations, train_transform
 from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
 from visattn_tools.data import open_data, seeded
@@ -140,3 +141,15 @@ def test_several_views_of_an_image(flags: Flags) -> None:
 def test_flags_that_do_not_go_together(flags: Flags, more: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_train_args(flags("x", *more))
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n8-inc1", "rand-m9-mstd0.5-inc1", "original", "3a"])
+def test_policies_of_timm_take_every_magnitude(flags: Flags, policy: str) -> None:
+    """At the largest one posterising keeps no bit, which Pillow takes for an error from version 13 on."""
+    transform = train_transform(parse_train_args(flags("x", "--aa", policy)), CONFIG)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    with seeded(0):
+        for _ in range(60):
+            assert transform(photo).shape == (3, 32, 32)
+    black = auto_augment.NAME_TO_OP["PosterizeIncreasing"](photo, 0)
+    assert (black.mode, black.size, black.getextrema()) == ("RGB", (40, 40), ((0, 0),) * 3)

@@ -10,12 +10,23 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 
 from .cli import UserError, nearest
 
 Transform = Callable[[Image.Image], Any]
 _EXPECTED = "expected transforms: a list of one name with its arguments each"
+
+
+def _posterize(picture: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """timm's, whose random magnitudes may leave no bit: Pillow made that black, from version 13 on it refuses."""
+    if bits_to_keep < 1:
+        return Image.new(picture.mode, picture.size)
+    return auto_augment.posterize(picture, bits_to_keep)
+
+
+for _name in ("Posterize", "PosterizeOriginal", "PosterizeIncreasing"):
+    auto_augment.NAME_TO_OP[_name] = _posterize
 
 
 def train_transform(args: argparse.Namespace, data_config: dict[str, Any]) -> Transform:

@@ -3,7 +3,8 @@
 import argparse
 import copy
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -124,29 +125,44 @@ def measure_engine(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
     Returns:
         By model: ``share_of_bare``, the median over rounds of the engine's speed in that of the bare loop;
-        ``overhead_ms``, the median of the engine's milliseconds more per step; the speeds; with ``--workers`` also that
-        with the loader.
+        ``overhead_ms`` and ``overhead_cpu_ms``, the medians of the engine's milliseconds more per step, by the clock
+        and of the processor; the speeds; with ``--workers`` also that with the loader.
     """
     figures = {}
     for name in args.models:
         with Processes(args.device) as processes, StopSignals() as stop:
             pair = Pair(name, args, processes, stop)
-            times = take_turns({"bare": pair.bare, "engine": pair.engine}, args.rounds, args.device)
+            used: dict[str, list[float]] = {}
+            loops = {"bare": _watched(pair.bare, used, "bare"), "engine": _watched(pair.engine, used, "engine")}
+            times = take_turns(loops, args.rounds, args.device)
             if args.workers is not None:
                 pair.engines[1].train_batches = pair.loader
                 times |= take_turns({"loader": pair.engine}, max(args.rounds // 3, 1), args.device)
-        figures[name] = f = _figures(times, args)
+        figures[name] = f = _figures(times, used, args)
         loaded = f", {f['loader_images_per_second']:.2f} with its loader" if "loader" in times else ""
         print(
             f"{name:24} bare {f['bare_images_per_second']:.2f} images/s, engine {f['images_per_second']:.2f} "
-            f"({f['share_of_bare']:.1%}){loaded}; {f['overhead_ms']:+.3f} ms a step of {f['bare_ms']:.3f} ms",
+            f"({f['share_of_bare']:.1%}){loaded}; {f['overhead_ms']:+.3f} ms a step of {f['bare_ms']:.3f} ms, "
+            f"{f['overhead_cpu_ms']:+.3f} ms of processor time",
             flush=True,
         )
     return figures
 
 
-def _figures(times: dict[str, list[float]], args: argparse.Namespace) -> dict[str, Any]:
+def _watched(loop: Callable[[], None], used: dict[str, list[float]], name: str) -> Callable[[], None]:
+    """A loop that notes its seconds of processor time in `used`, which other work on the machine changes less."""
+
+    def watched() -> None:
+        start = time.process_time()
+        loop()
+        used.setdefault(name, []).append(time.process_time() - start)
+
+    return watched
+
+
+def _figures(times: dict[str, list[float]], used: dict[str, list[float]], args: argparse.Namespace) -> dict[str, Any]:
     images, pairs = args.batch_size * args.steps, list(zip(times["bare"], times["engine"]))
+    more = [engine - bare for bare, engine in list(zip(used["bare"], used["engine"]))[-len(pairs) :]]
     speeds = {name: round(images / statistics.median(seconds), 2) for name, seconds in times.items()}
     figures = {"bare_images_per_second": speeds["bare"], "images_per_second": speeds["engine"]}
     if "loader" in times:
@@ -154,5 +170,6 @@ def _figures(times: dict[str, list[float]], args: argparse.Namespace) -> dict[st
     return figures | {
         "share_of_bare": round(statistics.median(bare / engine for bare, engine in pairs), 4),
         "overhead_ms": round(1e3 * statistics.median(engine - bare for bare, engine in pairs) / args.steps, 4),
+        "overhead_cpu_ms": round(1e3 * statistics.median(more) / args.steps, 4),
         "bare_ms": round(1e3 * statistics.median(times["bare"]) / args.steps, 4),
     }

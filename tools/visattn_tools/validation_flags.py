@@ -1,6 +1,7 @@
 """The flags of ``tools/validate.py``, named as timm's ``validate.py`` names them; ``tools/average.py`` shares most."""
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ def add_data_flags(parser: Parser) -> None:
     add("--class-map", metavar="FILE", help="class folders in the order of the outputs, one a line; default: by name")
     add("--valid-labels", metavar="FILE", help="numbers of the only outputs that may be predicted, one a line")
     add("--max-unreadable", type=number(int, 0), default=0, metavar="N", help="images that may be left out as damaged")
-    add("-j", "--workers", type=number(int, 0, 1024), default=4, help="loader processes")
+    workers = min(4, os.cpu_count() or 1)
+    add("-j", "--workers", type=number(int, 0, 1024), default=workers, help="loader processes")
     add("--pin-mem", action="store_true", help="page-locked batches for faster transfer")
 
     add_input_flags(parser)
