@@ -77,7 +77,8 @@ def test_the_readme_shows_the_commands() -> None:
 
 
 def test_the_search_finds_commands_and_mistakes() -> None:
-    page = "`python tools/train.py --model x`\n```\ntorchrun --nproc-per-node 2 tools/train.py --lr 1 \\\n --opt a # ?\n```"
+    page = "`python tools/train.py --model x`\n"
+    page += "```\ntorchrun --nproc-per-node 2 tools/train.py --lr 1 \\\n --opt a # why\n```"
     assert commands(page) == [("train", ["--model", "x"]), ("train", ["--lr", "1", "--opt", "a"])]
     with pytest.raises(UserError, match="unknown argument --optt"):
         _parse("loader_benchmark", ["--images", "20", "--optt", "sgd"])
