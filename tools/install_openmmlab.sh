@@ -3,6 +3,7 @@
 #
 #   bash tools/install_openmmlab.sh                in seconds, no compiler: mmcv-lite, with operators of torchvision
 #   bash tools/install_openmmlab.sh --build-mmcv   mmcv with all of its compiled operators: half an hour on 2 cores
+#   bash tools/install_openmmlab.sh --find-mmcv    the same, but an error where no wheel of it is at hand
 #   ... --no-venv                                  into the active environment
 #
 # Without --no-venv the packages go into an environment of their own on top of .venv, .venv-mm or .venv-mmcv, so both
@@ -119,6 +120,8 @@ install_full() {
             say "took the wheel of mmcv $MMCV that pip found"
             return
         fi
+        ((build)) || die "no wheel of mmcv $MMCV is at hand that loads beside this Python and torch." \
+            "Remedy: --build-mmcv builds one."
         build_mmcv "$cuda" "$folder"
     fi
     pip install --quiet --no-deps --force-reinstall "$folder"/mmcv-"$MMCV"-*.whl
@@ -126,12 +129,13 @@ install_full() {
         "Remedy: rm -r $folder, then run the command again."
 }
 
-full=0 venv=1
+full=0 build=0 venv=1
 for argument in "$@"; do
     case $argument in
-        --build-mmcv) full=1 ;;
+        --build-mmcv) full=1 build=1 ;;
+        --find-mmcv) full=1 ;;
         --no-venv) venv=0 ;;
-        *) die "unknown argument $argument." "Usage: bash tools/install_openmmlab.sh [--build-mmcv] [--no-venv]" ;;
+        *) die "unknown argument $argument." "Usage: bash tools/install_openmmlab.sh [--build-mmcv | --find-mmcv] [--no-venv]" ;;
     esac
 done
 NEEDED=(torch torchvision timm visattn visattn_kernels visattn_tools cv2)

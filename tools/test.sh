@@ -1,12 +1,22 @@
 #!/usr/bin/env bash
 # All checks: format, lint, types, then the tests with timm's own among them.
 #
-#   bash tools/test.sh [--no-venv] [pytest arguments]
+#   bash tools/test.sh [--no-venv] [--mm] [pytest arguments]
 #   bash tools/test.sh -m "not contract" tests/layers      without timm's tests, one folder
 #   bash tools/test.sh -n 0 -x -k routing                  in one process, up to the first failure
+#   bash tools/test.sh --mm                                with OpenMMLab's, which it installs, after them
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 NEEDED+=(pytest pytest_timeout xdist ruff mypy)
-use_environment "$@"
+mm=0 venv=1 rest=()
+for argument in "$@"; do
+    case $argument in
+        --mm) mm=1 ;;
+        --no-venv) venv=0 rest+=("$argument") ;;
+        *) rest+=("$argument") ;;
+    esac
+done
+if ((mm && !venv)); then NEEDED+=(mmengine mmcv mmdet mmseg); fi
+use_environment ${rest[@]+"${rest[@]}"}
 
 say "ruff"
 "$PYTHON" -m ruff check . || die "ruff found faults." "Remedy: $PYTHON -m ruff check --fix . and edit what is left."
@@ -24,3 +34,29 @@ jobs=$("$PYTHON" -c 'import os; print(min(8, len(os.sched_getaffinity(0)) if has
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 say "pytest ($jobs processes, $OMP_NUM_THREADS thread each)"
 "$PYTHON" -m pytest --numprocesses "$jobs" --dist loadgroup --durations 15 ${ARGS[@]+"${ARGS[@]}"}
+
+if ((!mm)); then exit; fi
+
+mm_tests() { # mm_tests PYTHON torchvision|compiled [files]: a package that is missing is an error, not a skip
+    local python=$1 operators=$2
+    say "pytest with OpenMMLab, operators: $operators"
+    VISATTN_MM=$operators "$python" -m pytest --numprocesses "$jobs" --dist loadgroup --durations 5 \
+        -W ignore::DeprecationWarning "${@:3}"
+}
+
+if ((!venv)); then
+    mm_tests "$PYTHON" "$("$PYTHON" -c 'import mmcv._ext' 2>/dev/null && echo compiled || echo torchvision)" tests/mm
+    exit
+fi
+bash tools/install_openmmlab.sh
+mm_tests .venv-mm/bin/python torchvision tests/mm
+# Again with mmcv's own operators, where a wheel of it is at hand: building one takes half an hour.
+wheels=$ROOT/../shared/wheels
+tag=$("$PYTHON" -c 'import sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}")')
+if [[ -d $wheels ]]; then export PIP_FIND_LINKS="${PIP_FIND_LINKS:+$PIP_FIND_LINKS }$wheels"; fi
+if [[ -n $(find "$wheels" .cache/wheels -name "mmcv-*-$tag-*.whl" 2>/dev/null) ]]; then
+    bash tools/install_openmmlab.sh --find-mmcv
+    mm_tests .venv-mmcv/bin/python compiled tests/mm/test_operators.py tests/mm/test_end_to_end.py
+else
+    say "no wheel of mmcv at hand: its compiled operators were not tested"
+fi

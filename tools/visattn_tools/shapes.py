@@ -35,7 +35,7 @@ def make_shapes_parser() -> Parser:
     parser = Parser(prog="make_shapes.py", description="Write a small COCO and ADE20K data set of drawn shapes.")
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="folder to write coco/ and ade/ into")
-    add("--train", type=number(int, 1), default=200, help="training images")
+    add("--train", type=number(int, 1), default=300, help="training images")
     add("--val", type=number(int, 1), default=50, help="held-out images")
     add("--size", type=number(int, 32), nargs=2, default=(128, 160), metavar=("H", "W"), help="size of an image")
     add("--max-shapes", type=number(int, 1), default=4, help="most shapes in an image")
