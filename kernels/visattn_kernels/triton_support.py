@@ -117,6 +117,8 @@ class Launch:
         constants: Values of the ``constexpr`` parameters after those, by name in the order of the signature.
         warps: Warps per program.
         stages: Stages of software pipelining.
+        registers: Most registers per thread, where more would let fewer programs run at once. Default: the compiler's
+            choice.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Launch:
         constants: dict[str, Any],
         warps: int = 4,
         stages: int = 2,
+        registers: int | None = None,
     ) -> None:
         names = kernel.arg_names[-len(constants) :]
         assert list(constants) == names, f"constants {list(constants)} are not the last parameters {names}"
@@ -134,6 +137,8 @@ class Launch:
         self.programs = programs
         self.rest = (*scalars, *constants.values())
         self.options = {"num_warps": warps, "num_stages": stages}
+        if registers is not None:
+            self.options["maxnreg"] = registers
         self.compiled: Any = None
 
     def __call__(self, *tensors: Tensor) -> None:

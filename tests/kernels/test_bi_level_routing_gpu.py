@@ -19,6 +19,7 @@ SHAPES = {  # B, heads, dim, H, W, regions per side, topk
     "stage 3": (16, 8, 32, 14, 14, 7, 16),
     "detection": (1, 4, 32, 100, 152, 16, 4),
     "large regions": (1, 2, 64, 64, 64, 4, 4),
+    "large regions past the border": (1, 2, 32, 200, 304, 16, 4),
     "wide heads": (2, 2, 128, 28, 28, 7, 4),
     "odd heads": (2, 2, 48, 30, 44, 7, 4),
 }

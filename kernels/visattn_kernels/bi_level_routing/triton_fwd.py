@@ -113,7 +113,7 @@ def bra_fwd_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # A tile wholly outside the map has nothing to do; told from scalars, for a bound that is one for all threads.
-    first_y, first_x = place(tile * BLOCK_M, region, regions_w, inv_regions_w, size_h, size_w, inv_size_w)
+    first_y, _ = place(tile * BLOCK_M, region, regions_w, inv_regions_w, size_h, size_w, inv_size_w)
     count = topk if first_y < H and region % regions_w * size_w < W else 0
     for i in range(0, tl.cdiv(count * k_tokens, BLOCK_N) if PACKED else count * steps):
         token, key_region, slot, wanted = walk(
@@ -129,7 +129,10 @@ def bra_fwd_kernel(
             factor = tl.load(factors + slot, mask=wanted if PACKED else None).to(tl.float32)
             s = s * (factor[None, :] if PACKED else factor)
         if not WHOLE:
-            s = tl.where(wanted[None, :], s, float("-inf"))
+            if PACKED:  # noqa: SIM114  decided when compiled, the other when run
+                s = tl.where(wanted[None, :], s, float("-inf"))
+            elif (slot + 1) * steps == i + 1:  # the last step of a region
+                s = tl.where(wanted[None, :], s, float("-inf"))
         # The scale is positive: it moves out of the maximum and becomes one fused multiply-add.
         new_top = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - new_top[:, None])
@@ -190,7 +193,8 @@ def plan(
         "K_EDGE": edge, "HAS_PAD_K": edge and pads[0] is not None, "HAS_PAD_V": edge and pads[1] is not None,
         "HAS_WEIGHTS": weights is not None, "PRECISION": precision,
     }  # fmt: skip
-    return Launch(bra_fwd_kernel, B * heads * regions * tiles, scalars, constants, way.warps, way.stages)
+    programs = B * heads * regions * tiles
+    return Launch(bra_fwd_kernel, programs, scalars, constants, way.warps, way.stages, way.registers)
 
 
 def forward(

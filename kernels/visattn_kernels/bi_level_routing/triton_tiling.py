@@ -13,6 +13,7 @@ class Tiling(NamedTuple):
     packed: bool
     warps: int
     stages: int
+    registers: int | None = None
 
     def steps(self, tokens: int) -> int:
         """Steps per region of `tokens`, where it is not packed."""
@@ -45,6 +46,9 @@ def forward_tiling(tokens: int, topk: int, k_tokens: int, dim: int, edge: bool) 
         return Tiling(held, min(step, 32), packed, 4, 2)
     if held == 128 and k_tokens % 128 == 0 and dim <= 32 and topk * k_tokens >= 1024:
         return Tiling(held, 128, False, 4, 3)
+    if held == 128 and edge and dim <= 32:
+        # 168 registers let three programs share a multiprocessor; masks make the compiler take a few more.
+        return Tiling(held, step, packed, 4, 3 if topk * k_tokens >= 512 else 2, 168)
     if held == 128 and topk * k_tokens < 1024 and not edge:
         held = 64
     return Tiling(held, step, packed, 4, 2 if edge or packed or topk * k_tokens <= step else 3)
