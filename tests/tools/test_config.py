@@ -35,6 +35,26 @@ def test_saved_config_reads_back_as_itself(tmp_path: Path) -> None:
     assert {**vars(again), "config": None} == vars(args)
 
 
+def test_a_recipe_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "all.yaml").write_text("epochs: 7\nlr: 0.5\naa: rand-m9\nmodel_kwargs: {a: 1, b: 2}\n")
+    (tmp_path / "base" / "family.yaml").write_text("base: all.yaml\nepochs: 8\nweight-decay: 0.1\n")
+    flags = _config(tmp_path, "base: base/family.yaml\nmodel_kwargs: {b: 3}\naa: null\n")
+    args = parse_train_args([*DIGITS, *flags, "--lr", "0.25"])
+    assert (args.epochs, args.weight_decay, args.lr, args.aa) == (8, 0.1, 0.25, None)
+    assert args.model_kwargs == {"a": 1, "b": 3}
+    (tmp_path / "base" / "all.yaml").write_text("epoch: 7")
+    with pytest.raises(UserError, match=r"base/all.yaml: unknown key 'epoch'; did you mean 'epochs'"):
+        parse_train_args([*DIGITS, *flags])
+    (tmp_path / "base" / "all.yaml").write_text("base: family.yaml")
+    with pytest.raises(UserError, match=r"recipe.yaml: .*base/family.yaml extends itself"):
+        parse_train_args([*DIGITS, *flags])
+    with pytest.raises(UserError, match=r"recipe.yaml: base: 3 must be the name of a file"):
+        parse_train_args([*DIGITS, *_config(tmp_path, "base: 3")])
+    with pytest.raises(UserError, match=r"--config .*nowhere.yaml: No such file"):
+        parse_train_args([*DIGITS, *_config(tmp_path, "base: nowhere.yaml")])
+
+
 def test_every_recipe_at_the_top_of_configs_parses() -> None:
     for path in (ROOT / "configs").glob("*.yaml"):
         assert parse_train_args(["--config", str(path)]).model
@@ -59,7 +79,10 @@ def test_every_flag_has_help() -> None:
         (["--sched", "cosin"], r"--sched: invalid choice: 'cosin'"),
         (["--opt", "adamv"], r"--opt adamv: timm has no such optimizer; did you mean '.*adam'"),
         (["--model", "biformer_tt"], r"--model biformer_tt: no such model; did you mean 'biformer_t'"),
-        (["--dataset", "digit"], r"--dataset digit: unknown; use one of folder, digits, synthetic, torch/NAME, .*; did you mean 'digits'"),
+        (
+            ["--dataset", "digit"],
+            r"--dataset digit: unknown; use one of folder, digits, synthetic, torch/NAME, .*; did you mean 'digits'",
+        ),
         (["--dataset", "folder"], r"--data-dir is missing"),
         (["--batch-size", "7", "--mixup", "0.2"], r"--batch-size 7 must be even with --mixup"),
         (["--initial-checkpoint", "no.safetensors"], r"--initial-checkpoint no.safetensors: no such file"),

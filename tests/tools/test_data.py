@@ -118,7 +118,10 @@ def _gone(root: Path) -> None:
     ("spoil", "message"),
     [
         (_gone, r"--data-dir .*images: no such folder"),
-        (_remove_val, r"--data-dir .*images has no folder or .tar file validation or val .*\(--val-split\); it has train"),
+        (
+            _remove_val,
+            r"--data-dir .*images has no folder or .tar file validation or val .*\(--val-split\); it has train",
+        ),
         (_empty_class, r"the class folder .*train/yellow has no images"),
         (_flat, r"images/train has no class folders"),
         (_other_classes, r"validation has other classes than train; it lacks red; only it has rad"),

@@ -32,7 +32,7 @@ class Progress:
         self.done = 0
         self.start = self.last = time.monotonic()
         self.terminal = sys.stdout.isatty()
-        self.interval = 0.1 if self.terminal else plain_interval
+        self.interval = 0.5 if self.terminal else plain_interval
 
     def __enter__(self) -> "Progress":
         return self
