@@ -66,6 +66,17 @@ class Folder:
         return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, number = self._open(index)
+        with file:
+            return Image.open(file).convert("RGB"), number
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """A picture's file as it is, and its class."""
+        file, number = self._open(index)
+        with file:
+            return file.read(), number
+
+    def _open(self, index: int) -> tuple[Any, int]:
         if self._tar and os.getpid() != self._process:
             # A worker has inherited the open file, whose position it would share with its siblings.
             self._process = os.getpid()
@@ -74,8 +85,7 @@ class Folder:
                 for opened in (state, *state.children.values()):
                     opened.reset()
         file, target = self.reader[index]
-        with file:
-            return Image.open(file).convert("RGB"), self._numbers[target]
+        return file, self._numbers[target]
 
     def name(self, index: int) -> str:
         return self.reader.filename(index, absolute=True)
