@@ -89,7 +89,7 @@ def draw_image(
         rng: Source of all choices.
     """
     height, width = size
-    photo = photos[rng.integers(len(photos))]
+    photo = photos[int(rng.integers(len(photos)))]
     left, right = (0, int(BORDER * photo.width)) if split == "train" else (int(BORDER * photo.width), photo.width)
     zoom = rng.uniform(0.5, 1) * min((right - left) / width, photo.height / height)
     x = rng.uniform(left, right - zoom * width)

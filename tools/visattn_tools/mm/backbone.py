@@ -122,7 +122,7 @@ class VisAttnBackbone(BaseModule):
             kwargs["drop_path_rate"] = drop_path_rate
         if not timm.is_model(model_name):
             raise ValueError(f"model_name={model_name!r}: no such model{nearest(model_name, timm.list_models())}")
-        model = _with_own_norms(model_name, kwargs) if output_norms else None
+        model: Any = _with_own_norms(model_name, kwargs) if output_norms else None
         own_norms = model is not None
         if own_norms:
             kwargs["output_norms"] = True
