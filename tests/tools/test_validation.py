@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from visattn_tools import training, validation
+from visattn_tools import shards, training, validation
 from visattn_tools.checkpoint import ModelInfo, load_state, save_weights
 from visattn_tools.cli import Interrupted, UserError
 from visattn_tools.model_files import read_weights
@@ -48,7 +48,7 @@ def validate(image_folder: Path, tmp_path: Path) -> Callable[..., list[dict]]:
     def call(*words: object) -> list[dict]:
         flags = ["--data-dir", str(image_folder), "--device", "cpu", "--workers", "0", "-b", "4"]
         target = tmp_path / "results.json"
-        validation.main([*map(str, words), *flags, "--json", str(target)])
+        validation.main([str(words[0]), *flags, *map(str, words[1:]), "--json", str(target)])
         return json.loads(target.read_text())
 
     return call
@@ -278,6 +278,15 @@ def test_a_tar_file_is_as_its_folder(weights: Path, image_folder: Path, validate
     shutil.rmtree(image_folder / "val")
     (row,) = validate(weights, "--workers", 2)
     assert (row["loss"], row["top1"], row["images"]) == (expected["loss"], expected["top1"], 9)
+
+
+def test_shards_are_as_their_folder(weights: Path, image_folder: Path, tmp_path: Path, validate: Callable) -> None:
+    pytest.importorskip("webdataset")
+    (expected,) = validate(weights)
+    shards.main([str(image_folder / "val"), str(tmp_path / "shards"), "--split", "validation", "--workers", "1"])
+    (row,) = validate(weights, "--dataset", "wds/", "--data-dir", tmp_path / "shards")
+    assert row["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert (row["top1"], row["images"]) == (expected["top1"], 9)
 
 
 def test_synthetic_images(weights: Path, validate: Callable) -> None:

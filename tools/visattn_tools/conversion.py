@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if problem:
         raise UserError(
             f"{args.source} does not fit {args.model} with {num_classes} classes: {problem}"
-            f"{_other_head(converted, model)}{'' if args.dry_run else '; --dry-run shows every key'}"
+            f"{_hint(converted, model)}{'' if args.dry_run else '; --dry-run shows every key'}"
         )
     if args.dry_run:
         print(f"all {len(converted)} weights fit {args.model}; nothing written")
@@ -94,16 +94,18 @@ def create(name: str, num_classes: int | None, model_args: dict[str, Any]) -> nn
         raise UserError(f"--model {name}: {error}") from error
 
 
-def _other_head(converted: Mapping[str, Tensor], model: Any) -> str:
-    """A hint, if nothing but the number of classes is wrong."""
+def _hint(converted: Mapping[str, Tensor], model: Any) -> str:
+    """What to do if nothing but the number of classes is wrong, or if parts are missing and nothing else."""
     head = (model.pretrained_cfg or {}).get("classifier") or ()
     heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
     shapes, wanted = ({k: v.shape for k, v in state.items()} for state in (converted, model.state_dict()))
     wrong = [name for name in shapes | wanted if shapes.get(name) != wanted.get(name)]
-    if not all(name.startswith(heads) for name in wrong):
-        return ""
-    classes = next((shape[0] for name, shape in shapes.items() if name.startswith(heads)), 0)
-    return f"; its classifier has {classes} classes: give --num-classes {classes}"
+    if all(name.startswith(heads) for name in wrong):
+        classes = next((shape[0] for name, shape in shapes.items() if name.startswith(heads)), 0)
+        return f"; its classifier has {classes} classes: give --num-classes {classes}"
+    if shapes and not any(name in shapes for name in wrong):
+        return "; to train what is missing: tools/train.py --pretrained-path"
+    return ""
 
 
 def read_payload(path: Path, allow_pickle: bool = False) -> Any:

@@ -15,9 +15,9 @@ from torch import Tensor
 from visattn.layers import SparsityRecord, record_sparsity
 from visattn.models.sparsifiner import PAPER_OVERHEAD, Sparsifiner, mhsa_macs
 
-from .checkpoint import load_model
 from .cli import Parser, UserError, number
 from .config import check_device, check_model_name
+from .model_files import open_model
 from .prediction import check_images, find_images
 
 
@@ -26,7 +26,7 @@ def sparsity_parser() -> Parser:
     parser = Parser(prog="sparsity.py", description="Count and measure how sparse a Sparsifiner's attention is.")
     add = parser.add_argument
     add("images", nargs="*", type=Path, metavar="IMAGE_OR_FOLDER", help="to measure on; none: costs only")
-    add("--checkpoint", type=Path, metavar="FILE", help="trained weights, as safetensors; needed to measure")
+    add("--checkpoint", type=Path, metavar="FILE", help="trained weights or a run folder; needed to measure")
     add("--model", metavar="NAME", help="architecture, if there is no file or it does not say")
     add("--num-classes", type=number(int, 1), help="classes, if the file does not say")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments of the model")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("give --checkpoint: untrained weights have no sparsity worth measuring")
     check_device(args.device)
     if args.checkpoint:
-        model, info = load_model(args.checkpoint, args.model, args.num_classes, args.model_kwargs)
+        model, info = open_model(args.checkpoint, None, args.model, args.num_classes, args.model_kwargs)
         name, data_config = info.architecture, info.data_config
     else:
         check_model_name(args.model)

@@ -14,10 +14,10 @@ from timm.data import resolve_model_data_config
 from timm.utils import ParseKwargs
 from torch import nn
 
-from .checkpoint import load_model
 from .cli import Parser, UserError, number
 from .config import check_device, check_model_name
 from .files import replacing
+from .model_files import open_model
 from .prediction import check_images, find_images
 from .report import STYLE
 from .routing_picture import draw_routing
@@ -37,7 +37,7 @@ def visualize_parser() -> Parser:
     parser = Parser(prog="visualize.py", description="Draw what a model does with images.")
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
-    add("--checkpoint", type=Path, metavar="FILE", help="weights, as safetensors; default: published ones of --model")
+    add("--checkpoint", type=Path, metavar="FILE", help="weights or a run folder; default: published ones of --model")
     add("--model", metavar="NAME", help="architecture, if there is no file or it does not say")
     add("--num-classes", type=number(int, 1), help="classes, if the file does not say")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments of the model")
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _load(args: argparse.Namespace) -> tuple[str, nn.Module, dict[str, Any]]:
     """Name, model and timm's description of its input, from a file or with published weights."""
     if args.checkpoint:
-        model, info = load_model(args.checkpoint, args.model, args.num_classes, args.model_kwargs)
+        model, info = open_model(args.checkpoint, None, args.model, args.num_classes, args.model_kwargs)
         return info.architecture, model, info.data_config
     check_model_name(args.model)
     cfg = timm.get_pretrained_cfg(args.model)
