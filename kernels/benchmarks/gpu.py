@@ -5,7 +5,8 @@
 Before anything is timed, outputs and gradients of all sides are compared: the error of ours against float32 may be
 twice (gradients: three times) that of the first peer, and other peers must agree with it. Times are medians of
 ``triton.testing.do_bench`` as a caller sees them; "kernels" is ours as a CUDA graph, without the host's part. Ratios
-are the first peer's time over ours. The lower bound of forward is the largest of bytes, matrix products and
+are the first peer's time over ours; with ``--kernels`` all sides are timed as graphs and ratios are the fastest
+peer's. The lower bound of forward is the largest of bytes, matrix products and
 exponentials over what the card can do; "x" behind it is our kernels' time over the bound.
 """
 
@@ -52,8 +53,8 @@ def compare(case: Case, cotangent: torch.Tensor) -> dict[str, str]:
     return failed
 
 
-def measure(case: Case, peers: list[str]) -> dict[str, Any]:
-    """All figures of one shape."""
+def measure(case: Case, peers: list[str], kernels: bool) -> dict[str, Any]:
+    """All figures of one shape; with `kernels` peers are replayed as graphs too."""
     cotangent = torch.randn_like(case.ours(*case.inputs))
     case = case._replace(peers={name: f for name, f in case.peers.items() if name in peers})
     failed = compare(case, cotangent)
@@ -69,8 +70,16 @@ def measure(case: Case, peers: list[str]) -> dict[str, Any]:
             row[f"{name}_fwd_mb"] = extra_mb(lambda f=f: f(*case.inputs))
         row[f"{name}_both_ms"] = median_ms(both)
         row[f"{name}_both_mb"] = extra_mb(both)
-    with torch.no_grad():
-        row["ours_kernels_ms"] = graph_ms(lambda: case.ours(*case.inputs))
+        if name != "ours" and not kernels:
+            continue
+        try:
+            with torch.no_grad():
+                row[f"{name}_fwd_kernels_ms"] = graph_ms(lambda f=f: f(*case.inputs))
+            row[f"{name}_both_kernels_ms"] = graph_ms(both)
+        except RuntimeError as error:  # not every peer can be captured
+            if name == "ours":
+                raise
+            failed[f"{name} as a graph"] = str(error).splitlines()[0][:100]
     return row
 
 
@@ -79,32 +88,46 @@ def mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def table(rows: list[dict[str, Any]], peers: list[str]) -> str:
-    """The rows in Markdown: forward, forward + backward, memory."""
-    first = peers[0]
-    heads = ["shape", "ours", "kernels", *peers, "ratio", "bound"]
+def table(rows: list[dict[str, Any]], peers: list[str], kernels: bool) -> str:
+    """The rows in Markdown: forward, forward + backward, memory; times of kernels alone with `kernels`.
+
+    Ratios are those of the fastest peer over ours with `kernels`, of the first peer without.
+    """
+    first, suffix = peers[0], "_kernels_ms" if kernels else "_ms"
+    heads = ["shape", "ours", *([] if kernels else ["kernels"]), *peers, "ratio", "bound"]
     heads += ["ours f+b", *(f"{p} f+b" for p in peers), "ratio f+b", f"MB ours / {first}", f"MB f+b ours / {first}"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
 
     def ms(row: dict[str, Any], key: str) -> str:
         return f"{row[key]:.3f}" if key in row else "-"
 
+    def ratio(row: dict[str, Any], way: str) -> str:
+        return f"{peer_ms(row, peers, way, suffix) / row[f'ours_{way}{suffix}']:.1f}x"
+
     for row in rows:
+        alone = row["ours_fwd_kernels_ms"]
         cells = [
             row["shape"],
-            ms(row, "ours_fwd_ms"),
-            ms(row, "ours_kernels_ms"),
-            *(ms(row, f"{p}_fwd_ms") for p in peers),
-            f"{row[f'{first}_fwd_ms'] / row['ours_fwd_ms']:.1f}x",
-            f"{row['floor_ms']:.3f} ({row['ours_kernels_ms'] / row['floor_ms']:.1f}x)",
-            ms(row, "ours_both_ms"),
-            *(ms(row, f"{p}_both_ms") for p in peers),
-            f"{row[f'{first}_both_ms'] / row['ours_both_ms']:.1f}x",
+            ms(row, f"ours_fwd{suffix}"),
+            *([] if kernels else [ms(row, "ours_fwd_kernels_ms")]),
+            *(ms(row, f"{p}_fwd{suffix}") for p in peers),
+            ratio(row, "fwd"),
+            f"{row['floor_ms']:.3f} ({alone / row['floor_ms']:.1f}x)",
+            ms(row, f"ours_both{suffix}"),
+            *(ms(row, f"{p}_both{suffix}") for p in peers),
+            ratio(row, "both"),
             f"{row['ours_fwd_mb']:.0f} / {row[f'{first}_fwd_mb']:.0f}",
             f"{row['ours_both_mb']:.0f} / {row[f'{first}_both_mb']:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def peer_ms(row: dict[str, Any], peers: list[str], way: str, suffix: str) -> float:
+    """What ratios are taken against: the first peer, or the fastest whose kernels were timed."""
+    if suffix == "_ms":
+        return row[f"{peers[0]}_{way}_ms"]
+    return min(row[f"{p}_{way}{suffix}"] for p in peers if f"{p}_{way}{suffix}" in row)
 
 
 def main() -> None:
@@ -114,6 +137,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="table", help="group of shapes of the operator's module (default: table)")
     parser.add_argument("--peers", nargs="+", help="peers to run (default: all); the first is what ratios are against")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--kernels", action="store_true", help="compare kernels alone: all sides as CUDA graphs")
     parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -135,16 +159,21 @@ def main() -> None:
         case = operator.case(shape, getattr(torch, args.dtype))
         chosen = args.peers or list(case.peers)
         names += [p for p in chosen if p in case.peers and p not in names]
-        row = measure(case, chosen)
+        row = measure(case, chosen, args.kernels)
         rows.append(row)
         times = f"{row['ours_fwd_ms']:.3f} / {row['ours_both_ms']:.3f}"
         print(f"{row['shape']}: ours {times} ms {row['failed'] or ''}", flush=True)
-        ratios = {way: mean([r[f"{names[0]}_{way}_ms"] / r[f"ours_{way}_ms"] for r in rows]) for way in ("fwd", "both")}
+        suffix = "_kernels_ms" if args.kernels else "_ms"
+        ratios = {
+            way: mean([peer_ms(r, names, way, suffix) / r[f"ours_{way}{suffix}"] for r in rows])
+            for way in ("fwd", "both")
+        }
         if args.json:  # after every shape: a long run that is stopped leaves what it has
             with open(args.json, "w") as file:
                 json.dump({"about": about, "geometric_means": ratios, "rows": rows}, file, indent=1)
-    print(f"\n{about}\n\n{table(rows, names)}\n")
-    print(f"geometric mean against {names[0]}: forward {ratios['fwd']:.1f}x, forward + backward {ratios['both']:.1f}x")
+    print(f"\n{about}\n\n{table(rows, names, args.kernels)}\n")
+    against = "the fastest peer" if args.kernels else names[0]
+    print(f"geometric mean against {against}: forward {ratios['fwd']:.1f}x, forward + backward {ratios['both']:.1f}x")
 
 
 if __name__ == "__main__":

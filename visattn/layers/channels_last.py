@@ -28,6 +28,17 @@ class MapNorm(LayerNorm):
         return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
 
+class MapNorm2d(MapNorm):
+    """As :class:`MapNorm`, over the channels of maps of convs.
+
+    Shape:
+        (B, C, H, W) -> (B, C, H, W)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
 class DepthwiseConv(nn.Conv2d):
     """Depthwise conv of a channels-last map, of stride 1 with zeros around, fused with the sum that follows it.
 

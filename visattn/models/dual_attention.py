@@ -26,7 +26,7 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from ..layers import ChannelGroupAttention, DepthwiseConv, MapMlp, MapNorm, WindowAttention
+from ..layers import ChannelGroupAttention, DepthwiseConv, MapMlp, MapNorm, MapNorm2d, WindowAttention
 from ._builder import StateDict, build_model, register_model, unwrap, weights_cfg
 from ._pyramid import PyramidBackbone, PyramidStage, per_stage
 
@@ -42,7 +42,7 @@ class Stem(nn.Sequential):
     def __init__(self, in_chans: int, dim: int, **dd: Any) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_chans, dim, 7, stride=4, padding=3, **dd)
-        self.norm = LayerNorm2d(dim, eps=EPS, **dd)
+        self.norm = MapNorm2d(dim, eps=EPS, **dd)
 
 
 class Downsample(nn.Module):
@@ -51,7 +51,7 @@ class Downsample(nn.Module):
     def __init__(self, dim: int, out_dim: int, overlap: bool, **dd: Any) -> None:
         super().__init__()
         self.overlap = overlap
-        self.norm = LayerNorm2d(dim, eps=EPS, **dd)
+        self.norm = MapNorm2d(dim, eps=EPS, **dd)
         self.conv = nn.Conv2d(dim, out_dim, 3 if overlap else 2, stride=2, padding=1 if overlap else 0, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

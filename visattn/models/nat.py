@@ -29,7 +29,7 @@ from timm.layers import (
 from timm.models import checkpoint, generate_default_cfgs
 from torch import Tensor, nn
 
-from ..layers import MapMlp, MapNorm, NeighborhoodAttention, WholeMapAttention, resize_bias_table
+from ..layers import MapLinear, MapMlp, MapNorm, MapNorm2d, NeighborhoodAttention, WholeMapAttention, resize_bias_table
 from ._builder import StateDict, build_model, register_model, unwrap, weights_cfg
 from ._images import check_images
 from ._pyramid import PyramidBackbone, PyramidStage, per_stage
@@ -84,7 +84,7 @@ class OverlapStem(nn.Sequential):
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm = LayerNorm2d(dim, eps=EPS, **dd)
+        self.norm = MapNorm2d(dim, eps=EPS, **dd)
 
 
 class PatchStem(nn.Module):
@@ -93,7 +93,7 @@ class PatchStem(nn.Module):
     def __init__(self, in_chans: int, dim: int, **dd: Any) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
-        self.norm = LayerNorm2d(dim, eps=EPS, **dd)
+        self.norm = MapNorm2d(dim, eps=EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
@@ -106,7 +106,7 @@ class OverlapDownsample(nn.Sequential):
     def __init__(self, dim: int, out_dim: int, **dd: Any) -> None:
         super().__init__()
         self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False, **dd)
-        self.norm = LayerNorm2d(out_dim, eps=EPS, **dd)
+        self.norm = MapNorm2d(out_dim, eps=EPS, **dd)
 
 
 class PatchDownsample(nn.Module):
@@ -114,8 +114,8 @@ class PatchDownsample(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, **dd: Any) -> None:
         super().__init__()
-        self.norm = LayerNorm(4 * dim, eps=EPS, **dd)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
+        self.norm = MapNorm(4 * dim, eps=EPS, **dd)
+        self.reduction = MapLinear(4 * dim, out_dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))

@@ -131,12 +131,13 @@ _known_attention = remembered(_check_attention)
 
 
 def _position_terms(q: Tensor, height_rel: Tensor, width_rel: Tensor) -> Tensor:
-    """Products of queries and all embeddings, (B, H, W, heads, 2 * (2 * window - 1)), those of the height first."""
-    dim, half = q.shape[-1], height_rel.shape[1]
+    """Products of queries and all embeddings, (B, H, W, heads, n): those of the height, those of the width, zeros that
+    make n a multiple of 8, which matrix products of 16 bits need to be fast."""
+    dim, (entries, half) = q.shape[-1], height_rel.shape
     height, width = height_rel.to(q.dtype), width_rel.to(q.dtype)
     if half < dim:
         height, width = F.pad(height, (0, dim - half)), F.pad(width, (dim - half, 0))
-    return q @ torch.cat([height, width]).t()
+    return F.linear(q, F.pad(torch.cat([height, width]), (0, 0, 0, -2 * entries % 8)))
 
 
 def _triton_attention(  # type: ignore[no-untyped-def]

@@ -42,7 +42,7 @@ def na_bwd_dq_kernel(
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
-    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
+    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr, REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -87,12 +87,12 @@ def na_bwd_dq_kernel(
         row_delta -= tl.load(grad_lse + at, mask=there, other=0.0)
     tl.store(delta + at, row_delta, mask=there)
     row_lse = tl.load(lse + at, mask=there, other=float("inf")) * 1.4426950408889634
-    # Where the bias of a pair stands: key minus query.
+    # Where the bias of a pair stands: key minus query. Around the table there is room for pairs that are not seen.
     entry_m = ((p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1) * (2 * K2 - 1) + p2 - K2 + 1
     table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
     # Where the position terms of a query start, from the first row and the first column of its window on.
-    row_terms = at * (4 * K1 - 2) + K1 - 1 - REL_STEP * (p1 % S1)
-    column_terms = at * (4 * K1 - 2) + 3 * K1 - 2 - REL_STEP * (p2 % S2)
+    row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * (p1 % S1)
+    column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * (p2 % S2)
 
     k_base, v_base = k + b * k_b + kv_head * k_h, v + b * v_b + kv_head * v_h
     ROWS: tl.constexpr = BLOCK_N // COLUMNS
@@ -136,7 +136,7 @@ def na_bwd_dq_kernel(
             )  # fmt: skip
             if HAS_BIAS:
                 entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
-                s += tl.load(table + entry_n[None, :] - entry_m[:, None], mask=seen & seen2 & there[:, None], other=0.0)
+                s += tl.load(table + entry_n[None, :] - entry_m[:, None])
             if HAS_REL:
                 row_term = tl.load(rel + row_terms + t1 - start1, mask=there, other=0.0)
                 s += (row_term.to(tl.float32) * 1.4426950408889634)[:, None]
@@ -188,10 +188,7 @@ def plan(
     strides = (*strides_of(g), *strides_of(q), *strides_of(k), *strides_of(v))
     maps = (*q_grid, *grid, *windows.dilation)
     factors = (scale * LOG2E, scale)
-    shared = shared_constants(
-        windows, q, v, precision, bias=bias is not None, extra=extra is not None, pad=pad is not None,
-        rel=rel is not None,
-    )  # fmt: skip
+    shared = shared_constants(windows, q, v, precision, bias, extra, pad, rel)
     way = query_tiling(
         tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None, backward=True
     )

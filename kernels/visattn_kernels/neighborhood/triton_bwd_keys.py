@@ -59,7 +59,7 @@ def na_bwd_dkv_kernel(
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
-    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
+    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr, REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -155,13 +155,10 @@ def na_bwd_dkv_kernel(
                 if HAS_BIAS:
                     table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
                     entry_m = (p0 * (2 * K1 - 1) + p1) * (2 * K2 - 1) + p2
-                    here = seen & read[None, :]
-                    if not FULL2:
-                        here = here & (column == 0.0)
-                    s += tl.load(table + entry_n[:, None] - entry_m[None, :], mask=here, other=0.0)
+                    s += tl.load(table + entry_n[:, None] - entry_m[None, :])
                 if HAS_REL:
-                    row_terms = at * (4 * K1 - 2) + K1 - 1 - REL_STEP * (p1 % S1)
-                    column_terms = at * (4 * K1 - 2) + 3 * K1 - 2 - REL_STEP * (p2 % S2)
+                    row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * (p1 % S1)
+                    column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * (p2 % S2)
                     entry = tl.where(e < K1, row_terms[:, None], column_terms[:, None] - K1) + e
                     terms = tl.load(rel + entry, mask=read[:, None] & (e < 2 * K1), other=0.0).to(rows_k.dtype)
                     s += tl.dot(ones, tl.trans(terms), input_precision=PRECISION) * 1.4426950408889634

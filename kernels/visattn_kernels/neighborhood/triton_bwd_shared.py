@@ -38,7 +38,7 @@ def na_bwd_pairs_kernel(
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
-    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
+    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr, REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -74,7 +74,7 @@ def na_bwd_pairs_kernel(
     slot_m = (first0 * K1 + first1) * K2 + first2
     table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
     zero = tl.full((), 0, tl.int64)
-    sums += ((part.to(tl.int64) * heads + head) * (Q0 * Q1 * Q2) + query[:, None]) * (K0 * K1 * K2)
+    sums += (part.to(tl.int64) * heads + head) * (Q0 * Q1 * Q2) * (K0 * K1 * K2)
 
     ROWS: tl.constexpr = BLOCK_N // COLUMNS
     parts = tl.cdiv(w2, COLUMNS)
@@ -92,7 +92,8 @@ def na_bwd_pairs_kernel(
             seen = seen & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
         seen = seen & there[:, None]
         entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
-        biases = tl.load(table + entry_n[None, :] - entry_m[:, None], mask=seen, other=HIDDEN)
+        biases = tl.load(table + entry_n[None, :] - entry_m[:, None])
+        biases = tl.where(seen, biases, HIDDEN)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for image in range(part * images, tl.minimum((part + 1) * images, B)):
             b = zero + image
@@ -117,7 +118,8 @@ def na_bwd_pairs_kernel(
             dp = tl.dot(grads, tl.trans(rows_v), input_precision=PRECISION)
             acc += tl.exp2(s * scale_log2 + biases - row_lse[:, None]) * (dp - row_delta[:, None])
         slot_n = (t0 * K1 + t1) * K2 + t2
-        tl.store(sums + slot_n[None, :] - slot_m[:, None], acc, mask=seen)
+        slots = (query * (K0 * K1 * K2) - slot_m)[:, None] + slot_n[None, :]
+        tl.store(sums + slots, acc, mask=seen)
 
 
 @triton.jit(do_not_specialize=["parts", "Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "heads"])
@@ -163,13 +165,13 @@ def _bias_plan(
     boxes = way.programs * heads
     images = triton.cdiv(B, max(1, min(B, PROGRAMS // boxes)))
     parts = triton.cdiv(B, images)
-    shared = shared_constants(windows, q, v, precision, bias=True, extra=False, pad=pad is not None, rel=False)
+    shared = shared_constants(windows, q, v, precision, bias=bias, pad=pad)
     strides = (*strides_of(g), *strides_of(q), *strides_of(k), *strides_of(v))
     pairs = Launch(
         na_bwd_pairs_kernel, parts * boxes,
         (*strides, B, *q_grid, *grid, *windows.dilation, *way.counts, *way.tiles, heads, heads // kv_heads, images,
          scale * LOG2E),
-        shared | way.constants(), way.warps, 2,
+        shared | way.constants(), 4 if way.held >= 64 else 2, 2,
     )  # fmt: skip
     entries = bias[0].numel()
     names = [f"{name}{a}" for name in ("K", "S", "CAUSAL") for a in range(3)]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta, unit_stride
 from ..triton_tiles import LOG2E, load_tokens, power_of_2
-from .triton_tiling import Windows, query_tiling
+from .triton_tiling import MOST_TOKENS, Windows, query_tiling
 
 HIDDEN = tl.constexpr(-1e30)
 """Logit of a key that a query does not see. Finite: a step of hidden keys only is undone by the next that is not."""
@@ -121,7 +121,7 @@ def na_fwd_kernel(
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
-    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
+    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr, REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -155,12 +155,12 @@ def na_fwd_kernel(
         q + b * q_b + head * q_h, y0 * q_0 + y1 * q_1 + y2 * q_2, there, there, q, DIM, BLOCK_D, False, False
     )
     at = (((b * Q0 + y0) * Q1 + y1) * Q2 + y2) * heads + head
-    # Where the bias of a pair stands: key minus query.
+    # Where the bias of a pair stands: key minus query. Around the table there is room for pairs that are not seen.
     entry_m = ((p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1) * (2 * K2 - 1) + p2 - K2 + 1
     table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
     # Where the position terms of a query start, from the first row and the first column of its window on.
-    row_terms = at * (4 * K1 - 2) + K1 - 1 - REL_STEP * (p1 % S1)
-    column_terms = at * (4 * K1 - 2) + 3 * K1 - 2 - REL_STEP * (p2 % S2)
+    row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * (p1 % S1)
+    column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * (p2 % S2)
 
     k_base, v_base = k + b * k_b + kv_head * k_h, v + b * v_b + kv_head * v_h
     ROWS: tl.constexpr = BLOCK_N // COLUMNS
@@ -199,7 +199,7 @@ def na_fwd_kernel(
             )  # fmt: skip
             if HAS_BIAS:
                 entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
-                s += tl.load(table + entry_n[None, :] - entry_m[:, None], mask=seen & seen2 & there[:, None], other=0.0)
+                s += tl.load(table + entry_n[None, :] - entry_m[:, None])
             if HAS_REL:
                 row_term = tl.load(rel + row_terms + t1 - start1, mask=there, other=0.0)
                 s += (row_term.to(tl.float32) * 1.4426950408889634)[:, None]
@@ -251,7 +251,10 @@ def strides_of(x: Any) -> tuple[int, ...]:
     return tuple(s if n > 1 else 0 for n, s in zip(x[0][:5], x[1][:5]))
 
 
-def shared_constants(windows: Windows, q: Any, v: Any, precision: str, **given: bool) -> dict[str, Any]:
+def shared_constants(
+    windows: Windows, q: Any, v: Any, precision: str, bias: Any = None, extra: Any = None, pad: Any = None,
+    rel: Any = None,
+) -> dict[str, Any]:  # fmt: skip
     """The ``constexpr`` arguments that all kernels begin with."""
     names = ("K", "S", "STEP", "OFF", "CAUSAL")
     per_axis = (windows.kernel_size, windows.stride, windows.step, windows.offset, windows.is_causal)
@@ -259,9 +262,10 @@ def shared_constants(windows: Windows, q: Any, v: Any, precision: str, **given: 
     dim, dim_v = q[0][-1], v[0][-1]
     return {
         **constants, "CLAMPED": windows.clamped, "MASK_OUTSIDE": windows.mask_outside, "REL_STEP": windows.rel_step,
-        "HAS_BIAS": given["bias"], "HAS_EXTRA": given["extra"], "HAS_PAD": given["pad"], "HAS_REL": given["rel"],
-        "DIM": dim, "DIM_V": dim_v, "BLOCK_D": power_of_2(dim), "BLOCK_DV": power_of_2(dim_v),
-        "BLOCK_E": power_of_2(2 * windows.kernel_size[1]), "PRECISION": precision,
+        "REL_WIDTH": 0 if rel is None else rel[0][-1], "HAS_BIAS": bias is not None, "HAS_EXTRA": extra is not None,
+        "HAS_PAD": pad is not None, "HAS_REL": rel is not None, "DIM": dim, "DIM_V": dim_v,
+        "BLOCK_D": power_of_2(dim), "BLOCK_DV": power_of_2(dim_v), "BLOCK_E": power_of_2(2 * windows.kernel_size[1]),
+        "PRECISION": precision,
     }  # fmt: skip
 
 
@@ -277,10 +281,7 @@ def plan(
         *strides_of(q), *strides_of(k), *strides_of(v), *q_grid, *grid, *windows.dilation, *way.counts, *way.tiles,
         heads, heads // kv_heads, 0 if extra is None else extra[0][2], scale * LOG2E,
     )  # fmt: skip
-    constants = shared_constants(
-        windows, q, v, precision, bias=bias is not None, extra=extra is not None, pad=pad is not None,
-        rel=rel is not None,
-    )  # fmt: skip
+    constants = shared_constants(windows, q, v, precision, bias, extra, pad, rel)
     return Launch(
         na_fwd_kernel, B * way.programs * heads, scalars,
         constants | way.constants(), way.warps, way.stages,
@@ -303,7 +304,8 @@ def forward(
     """Output and log-sum-exp (B, *q_grid, heads) float32.
 
     `bias` is the table of neighborhood attention, `extra_k` and `extra_v` its additional keys; `rel` (B, *q_grid,
-    heads, 2 * (2 * window - 1)) holds the position terms of halo attention, those of vertical offsets first.
+    heads, n) holds the position terms of halo attention: 2 * window - 1 vertical offsets, as many horizontal ones, and
+    anything.
     """
     out = torch.empty(q.shape[:-1] + v.shape[-1:], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
@@ -320,6 +322,19 @@ def forward(
     return out, lse
 
 
+def _roomy(bias: Tensor) -> Tensor:
+    """The table times log2(e) in the middle of zeros, as a view: kernels look entries up without asking whether a pair
+    is seen."""
+    room, stride = 0, 1
+    for entries in reversed(bias.shape[1:]):
+        room += stride * (entries + 2 * MOST_TOKENS)
+        stride *= entries
+    table = torch.zeros(bias.numel() + 2 * room, dtype=torch.float32, device=bias.device)
+    inner = table[room : room + bias.numel()].view(bias.shape)
+    torch.mul(bias.detach().float(), LOG2E, out=inner)
+    return inner
+
+
 def prepare(
     bias: Tensor | None,
     extra_k: Tensor | None,
@@ -330,10 +345,10 @@ def prepare(
     windows: Windows,
     k: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Optional tensors as the kernels read them: biases times log2(e) in float32, additional keys heads first, padding
-    only where a window reaches outside the map."""
+    """Optional tensors as the kernels read them: biases times log2(e) with room around them, additional keys heads
+    first, padding only where a window reaches outside the map."""
     if bias is not None:
-        bias = (bias.float() * LOG2E).contiguous()
+        bias = _roomy(bias)
     if extra_k is not None and extra_v is not None:
         extra_k, extra_v = (x.transpose(1, 2).contiguous() if x.shape[1] else None for x in (extra_k, extra_v))
     if pad_k is not None and pad_v is not None:

@@ -10,6 +10,8 @@ from triton import next_power_of_2
 from ..triton_tiles import power_of_2
 
 Triple = tuple[int, int, int]
+MOST_TOKENS = 256
+"""More than any program holds and meets in a step, together."""
 
 
 class Windows(NamedTuple):
@@ -162,9 +164,15 @@ def query_tiling(
         stride > 1 or n == 1 or (windows.clamped and k == size)
         for stride, n, k, size in zip(windows.stride, groups, keys, windows.kernel_size)
     )
-    small = dim > 64 or itemsize == 4
-    # Windows that many queries share fill large tiles; others are best met by one warp and few keys at a time.
-    most = 32 if small or rel or not shared else 64
+    wide, exact = dim > 64, itemsize == 4
+    large = math.prod(windows.kernel_size) >= 256
+    # Windows that many queries share, and wide heads, fill large tiles; others are best met by one warp.
+    if exact or rel:
+        most = 32
+    elif wide:
+        most = 128 if large else 64
+    else:
+        most = 64 if shared else 32
     options = [
         [
             _cut_queries(size, n, max(keys[a], windows.kernel_size[a]), windows, a)
@@ -173,10 +181,14 @@ def query_tiling(
         ]
         for a, n in enumerate(groups)
     ]
-    cuts, steps, met = _least_work(options, most, 16 if small else 32)
+    cuts, steps, met = _least_work(options, most, 16 if exact else 64 if wide else 32)
     if rel:
         row = max(16, next_power_of_2(windows.kernel_size[2]))
         return _tiling(q_grid, groups, windows, cuts, Steps(row, row), 1, 2)
+    if exact:
+        return _tiling(q_grid, groups, windows, cuts, steps, 2, 2)
+    if wide:
+        return _tiling(q_grid, groups, windows, cuts, steps, 8 if large else 4, 2)
     if backward:
         return _tiling(q_grid, groups, windows, cuts, steps, 4 if shared else 1, 2)
     if met < 256 and dim <= 32:
@@ -200,17 +212,17 @@ def key_tiling(
     q_grid: Triple, grid: Triple, windows: Windows, dim: int, itemsize: int, padded: bool, rel: bool = False
 ) -> Tiling:
     """Boxes of keys with the least work. With `padded` they cover the keys outside the map too."""
-    small = dim > 64 or itemsize == 4
-    most, step = 32, 16 if small else 32
+    wide, exact = dim > 64, itemsize == 4
+    most, step, warps = (64, 32, 8) if wide and not exact else (32, 16 if exact else 32, 2 if exact else 1)
     if windows.clamped:
         groups = [math.ceil(n / d) for n, d in zip(grid, windows.dilation)]
         if padded:
             groups = [max(n, k) for n, k in zip(groups, windows.kernel_size)]
         options = [[_cut_keys(size, n, windows, a) for size in _sizes(n, 1, most)] for a, n in enumerate(groups)]
         cuts, steps, met = _least_work(options, most, step)
-        return _tiling(grid, groups, windows, cuts, steps, 1, 3 if met < 256 and dim <= 32 else 2)
-    if rel and not small:
-        most, step = 64, 64
+        return _tiling(grid, groups, windows, cuts, steps, warps, 3 if met < 256 and dim <= 32 else 2)
+    if rel and not wide and not exact:
+        most, step, warps = 64, 64, 2 if dim <= 32 else 4
     # From the start of one window to that of the next, so that few windows share a box; halved until it fits.
     box = list(windows.step)
     while math.prod(box) > most:
@@ -219,7 +231,7 @@ def key_tiling(
     groups = [(math.ceil(n / s) * s if padded else n) + o for n, s, o in zip(grid, windows.step, windows.offset)]
     cuts = tuple(Cut(size, {n: 1}, True) for size, n in zip(box, windows.stride))
     steps = _steps(windows.stride, step if rel else 16)
-    return _tiling((grid[0], 1, 1), groups, windows, cuts, steps, 2 if rel else 1, 1 if rel else 3)
+    return _tiling((grid[0], 1, 1), groups, windows, cuts, steps, warps, 1 if rel else 3)
 
 
 def _cut_keys(size: int, n: int, windows: Windows, a: int) -> Cut:

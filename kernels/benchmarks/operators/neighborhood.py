@@ -1,0 +1,147 @@
+"""Neighborhood attention beside FlexAttention, plain torch and, on small maps, dense attention with a mask.
+
+``flex`` is compiled FlexAttention with a block mask of the windows. The mask is made beforehand and not timed; tokens
+are sorted into squares of 8 x 8 where the map allows it, so that blocks of 128 tokens hold neighbours, which is timed.
+``sdpa`` is torch's dense attention with an additive mask, on maps of up to 1,024 tokens. ``plain`` is our own reference
+with recomputation, which works on blocks of queries.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from visattn_kernels import neighborhood_attention
+
+from . import Case
+
+MAX_DENSE = 1024
+SQUARE = 8
+
+
+class Shape(NamedTuple):
+    """Batch, heads, head dim, map, kernel, dilation, stride, and whether there is a table of biases."""
+
+    batch: int
+    heads: int
+    dim: int
+    height: int
+    width: int
+    kernel: int
+    dilation: int = 1
+    stride: int = 1
+    bias: bool = False
+
+
+_TABLE = [
+    Shape(128, 2, 32, 56, 56, 7),
+    Shape(128, 4, 32, 28, 28, 7),
+    Shape(128, 8, 32, 14, 14, 7),
+    Shape(128, 4, 32, 56, 56, 13),
+    Shape(128, 2, 32, 56, 56, 7, 8),
+    Shape(128, 4, 32, 28, 28, 7, 4),
+    Shape(2, 2, 32, 200, 304, 7),
+    Shape(2, 4, 32, 100, 152, 7),
+    Shape(1, 16, 64, 128, 128, 13),
+    Shape(1, 16, 128, 128, 128, 33),
+    Shape(128, 2, 32, 56, 56, 7, 1, 7),
+]
+SHAPES = {
+    "smoke": [Shape(2, 2, 32, 28, 28, 7)],
+    "table": _TABLE,
+    "bias": [shape._replace(bias=True) for shape in _TABLE],
+}
+
+
+def window_of(at: Tensor, length: int, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Dilation group, and first key's position in it, of the windows of queries at coordinates `at` of an axis."""
+    group = at % shape.dilation
+    n = (length - 1 - group) // shape.dilation + 1
+    leader = torch.minimum(at // shape.dilation // shape.stride * shape.stride + shape.stride // 2, n - 1)
+    return group, torch.minimum((leader - shape.kernel // 2).clamp(min=0), n - shape.kernel)
+
+
+def flex_peer(shape: Shape) -> Callable[..., Tensor]:
+    """FlexAttention on the same maps, its tokens sorted into squares on the way in."""
+    _, heads, dim, H, W, kernel, dilation, _, _ = shape
+    squares = H % SQUARE == 0 and W % SQUARE == 0 and dilation == 1
+    rows = torch.arange(H, device="cuda")[:, None].expand(H, W)
+    columns = torch.arange(W, device="cuda").expand(H, W)
+
+    def sort(x: Tensor) -> Tensor:  # (B, H, W, ...) -> (B, H * W, ...)
+        if squares:
+            return x.unflatten(1, (-1, SQUARE)).unflatten(3, (-1, SQUARE)).transpose(2, 3).flatten(1, 4)
+        return x.flatten(1, 2)
+
+    y, x = sort(rows[None]).reshape(-1), sort(columns[None]).reshape(-1)
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        result = None
+        for at, length in ((y, H), (x, W)):
+            group, first = window_of(at[i], length, shape)
+            key = at[j] // dilation
+            here = (at[j] % dilation == group) & (key >= first) & (key < first + kernel)
+            result = here if result is None else result & here
+        assert result is not None
+        return result
+
+    mask = torch.compile(create_block_mask)(seen, None, None, H * W, H * W, device="cuda")
+    attend = torch.compile(flex_attention, dynamic=False)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(*(sort(t).transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
+        if squares:
+            out = out.reshape(-1, H // SQUARE, W // SQUARE, SQUARE, SQUARE, heads, dim).transpose(2, 3)
+        return out.reshape(-1, H, W, heads, dim)
+
+    return call
+
+
+def dense_mask(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Additive mask (H * W, H * W) of the windows."""
+    masks = []
+    for length in (shape.height, shape.width):
+        at = torch.arange(length, device="cuda")
+        group, first = window_of(at, length, shape)
+        key = at // shape.dilation
+        here = (key >= first[:, None]) & (key < first[:, None] + shape.kernel)
+        masks.append(here & (at % shape.dilation == group[:, None]))
+    tokens = shape.height * shape.width
+    seen = (masks[0][:, None, :, None] & masks[1][None, :, None, :]).reshape(tokens, tokens)
+    return torch.zeros(tokens, tokens, device="cuda", dtype=dtype).masked_fill(~seen, float("-inf"))
+
+
+def case(shape: Shape, dtype: torch.dtype) -> Case:
+    """Tensors as slices of one projection, and who computes the attention."""
+    B, heads, dim, H, W, kernel, dilation, stride, bias = shape
+    torch.manual_seed(0)
+    inputs = list(torch.randn(B, H, W, 3, heads, dim, device="cuda").to(dtype).unbind(3))
+    if bias:
+        inputs.append(torch.randn(heads, 2 * kernel - 1, 2 * kernel - 1, device="cuda").to(dtype))
+
+    def attend(backend: str) -> Callable[..., Tensor]:
+        def call(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> Tensor:
+            return neighborhood_attention(q, k, v, kernel, stride, dilation, rel_pos_bias=table, backend=backend)
+
+        return call
+
+    peers: dict[str, Callable[..., Tensor]] = {}
+    if not bias:
+        peers["flex"] = flex_peer(shape)
+        if H * W <= MAX_DENSE:
+            mask = dense_mask(shape, torch.float32)
+
+            def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+                return out.transpose(1, 2).reshape(-1, H, W, heads, dim)
+
+            peers["sdpa"] = sdpa
+    peers["plain"] = attend("recompute")
+    pairs = B * heads * H * W * kernel**2
+    q = inputs[0]
+    moved = 4 * q.numel() * q.element_size() + 4 * B * H * W * heads
+    name = ", ".join(str(n) for n in shape[:7]) + (f", stride {stride}" if stride > 1 else "")
+    return Case(name + (", bias" if bias else ""), inputs, attend("triton"), peers, moved, 4 * pairs * dim, pairs)
