@@ -127,6 +127,15 @@ def test_what_several_processes_cannot_do(flags: Flags, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+def test_frozen_then_unfrozen_together(flags: Flags, tmp_path: Path) -> None:
+    more = [*PLAIN, "--epochs", 2, "--freeze-epochs", 1]
+    training.main(flags("one", *more, "--batch-size", 6))
+    assert exit_codes(flags("two", *more, "--batch-size", 3), processes=2) == [0, 0]
+    one, two = (load_file(tmp_path / f"runs/{name}/checkpoints/last.safetensors") for name in ("one", "two"))
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
+
+
+@pytest.mark.slow
 def test_sharded_weights(flags: Flags, tmp_path: Path) -> None:
     """FSDP gives the weights of one process, goes on after a kill as if there had been none, and leaves whole files."""
     more = [*PLAIN, "--epochs", 1, "--model-ema", "--model-ema-decay", 0.5, "--checkpoint-minutes", 0]

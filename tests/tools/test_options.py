@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from visattn_tools import training
-from visattn_tools.checkpoint import load_state
+from visattn_tools.checkpoint import load_state, read_header
 from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
 from visattn_tools.distillation import DistillationObjective
@@ -119,12 +119,26 @@ def test_flags_that_need_others(flags: Flags, more: list[str], message: str) -> 
         ["--lr-noise", "0.4", "0.9", "--lr-k-decay", "1.2"],
         ["--lr-cycle-limit", "2", "--lr-cycle-decay", "0.5", "--sched-on-updates"],
         ["--sched", "poly", "--decay-rate", "1"],
+        ["--aa", "3a", "--color-jitter-prob", "0.5", "--grayscale-prob", "0.2", "--gaussian-blur-prob", "0.2"],
     ],
     ids=lambda more: more[0],
 )
 def test_more_switches(flags: Flags, more: list[str]) -> None:
     weights = _train(flags("run", "--epochs", 2, "--warmup-epochs", 0.5, "--batch-size", 6, *more))
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_images_that_are_no_square(flags: Flags, tmp_path: Path) -> None:
+    command = flags("run", *SHORT, "--input-size", 3, 32, 48)
+    at = command.index("--img-size")
+    with pytest.raises(
+        UserError, match=r"--input-size \[3, 32, 48\] must have 3 channels, and goes without --img-size"
+    ):
+        parse_train_args(command)
+    training.main(command[:at] + command[at + 2 :])
+    info, _ = read_header(tmp_path / "runs/run/checkpoints/best.safetensors")
+    assert info is not None
+    assert info.data_config["input_size"] == [3, 32, 48]
 
 
 def test_distillation(flags: Flags, tmp_path: Path) -> None:

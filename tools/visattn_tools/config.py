@@ -109,6 +109,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.scale[0] > args.scale[1] or args.ratio[0] > args.ratio[1]:
         raise UserError(f"--scale {args.scale} and --ratio {args.ratio} must each be a low and a high value, in order")
     _check_augmentation(args)
+    if args.input_size and (args.input_size[0] != 3 or args.img_size):
+        raise UserError(f"--input-size {args.input_size} must have 3 channels, and goes without --img-size")
     if sum(map(bool, (args.pretrained, args.pretrained_path, args.initial_checkpoint))) > 1:
         raise UserError("give at most one of --pretrained, --pretrained-path and --initial-checkpoint")
     for flag in ("pretrained_path", "initial_checkpoint"):

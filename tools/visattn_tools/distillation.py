@@ -33,8 +33,10 @@ class DistillationObjective(Objective):
         args: argparse.Namespace,
     ) -> None:
         super().__init__(model, criterion)
-        from timm.task import LogitDistillationTask  # timm has it since 1.0.23
-
+        try:
+            from timm.task import LogitDistillationTask
+        except ImportError:
+            raise UserError(f"--kd-model-name: the installed timm {timm.__version__} has no distillation") from None
         device = next(model.parameters()).device
         teacher.requires_grad_(False)
         self.task = LogitDistillationTask(

@@ -19,6 +19,11 @@ _NOT_NEGATIVE = number(float, 0)
 _POSITIVE = number(float, 0, above=True)
 
 
+def _fractional_epochs(text: str) -> float:
+    value = float(_NOT_NEGATIVE(text))
+    return int(value) if value.is_integer() else value  # 5, not 5.0, in what is saved
+
+
 def train_parser() -> Parser:
     """The parser of ``tools/train.py``."""
     parser = Parser(prog="train.py", description="Train an image classifier.")
@@ -78,6 +83,9 @@ def train_parser() -> Parser:
     add("--freeze-epochs", type=_EPOCHS, default=0, metavar="N", help="train the classifier alone in so many")
     add("--gp", metavar="POOL", help="the model's global pool")
     add("--img-size", type=number(int, 16, 4096), help="side of the images; default: as the model's")
+    add(
+        "--input-size", type=_COUNT, nargs=3, metavar="N", help="channels, height, width: for images that are no square"
+    )
     add("--crop-pct", type=number(float, 0, 1, above=True), help="share of the side that the test crop keeps")
     add("--crop-mode", choices=("center", "squash", "border"), help="what the test view does to the aspect")
     add("--mean", type=float, nargs=3, help="of the normalisation; default: as the model's")
@@ -132,7 +140,7 @@ def train_parser() -> Parser:
     add("--lr-base-scale", choices=("linear", "sqrt"), default="linear", help="how --lr-base grows with images")
     add("--min-lr", type=_NOT_NEGATIVE, default=0.0, help="lower bound")
     add("--warmup-lr", type=_NOT_NEGATIVE, default=1e-6, help="first learning rate")
-    add("--warmup-epochs", type=_NOT_NEGATIVE, default=5, help="epochs of the linear rise")
+    add("--warmup-epochs", type=_fractional_epochs, default=5, help="epochs of the linear rise")
     add("--warmup-prefix", action=switch, default=False, help="warm up before --epochs, not within")
     add("--cooldown-epochs", type=_EPOCHS, default=0, help="epochs at --min-lr after the schedule")
     add("--decay-epochs", type=_POSITIVE, help="step: interval, 90; wsd: length, a fifth of all")
@@ -162,6 +170,9 @@ def train_parser() -> Parser:
     add("--vflip", type=_FRACTION, default=0.0, metavar="P", help="vertical flip")
     add("--color-jitter", type=_NOT_NEGATIVE, default=0.4, help="strength; not used together with --aa")
     add("--aa", metavar="POLICY", help="timm's AutoAugment, RandAugment, ...: rand-m9-mstd0.5-inc1")
+    add("--color-jitter-prob", type=_FRACTION, metavar="P", help="of the jitter; default: always")
+    add("--grayscale-prob", type=_FRACTION, metavar="P", help="of grey images")
+    add("--gaussian-blur-prob", type=_FRACTION, metavar="P", help="of blurred images")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="random", help="of the random crop")
     add("--reprob", type=_FRACTION, default=0.0, metavar="P", help="random erasing")
     add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what erasing leaves")
