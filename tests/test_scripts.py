@@ -1,4 +1,4 @@
-"""The two commands of the README fail loudly, with a remedy, before any work."""
+"""The commands of the README that set things up fail loudly, with a remedy, before any work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["quickstart.sh", "test.sh"]
+SCRIPTS = ["quickstart.sh", "test.sh", "quickstart_mm.sh", "install_openmmlab.sh"]
 
 
 def _fake_python(folder: Path, body: str) -> Path:
@@ -53,3 +53,10 @@ def test_an_environment_without_the_packages_is_named(script: str, tmp_path: Pat
     assert code != 0
     assert "not installed: torch" in output
     assert f"Remedy: {bare} -m pip install -r requirements/dev.txt" in output
+
+
+def test_an_unknown_argument_is_refused() -> None:
+    code, output = _run("install_openmmlab.sh", "--with-ops")
+    assert code != 0
+    assert "unknown argument --with-ops." in output
+    assert "--build-mmcv" in output

@@ -15,7 +15,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 MMCV=2.1.0 # mmdet 3.3.0 and mmsegmentation 1.2.2 refuse 2.2 and later
 
 pip() { "$PYTHON" -m pip --disable-pip-version-check --no-input "$@"; }
-loads() { "$PYTHON" -c 'import mmcv._ext' 2>/dev/null; }
+
+loads() { # mmcv's operators are there and load beside this torch
+    "$PYTHON" -c '
+import importlib.util, pathlib, sys
+found = importlib.util.find_spec("mmcv")
+sys.exit(not found or not list(pathlib.Path(found.origin).parent.glob("_ext*")))
+' && "$PYTHON" -c 'import mmcv._ext' 2>/dev/null
+}
 
 # An environment that sees the packages of the one of $PYTHON; the new one's come first.
 layer() {
@@ -48,12 +55,13 @@ install_lite() {
     pip install --quiet --no-deps "mmcv-lite==$MMCV" || die "mmcv-lite $MMCV could not be installed (see above)."
 }
 
-wheel_cache() { # one folder per interpreter, torch and kind of build
+wheel_cache() { # CUDA or not, 1 or 0, and the folder of such wheels for this interpreter and torch
     "$PYTHON" -c '
 import sys, torch
-kind = "cuda" + torch.version.cuda if sys.argv[1] == "1" else "cpu"
-print(f".cache/wheels/cp{sys.version_info[0]}{sys.version_info[1]}-torch{torch.__version__}-{kind}")
-' "$1"
+cuda = sys.argv[1] or int(torch.cuda.is_available())
+kind = f"cuda{torch.version.cuda}" if str(cuda) == "1" else "cpu"
+print(cuda, f".cache/wheels/cp{sys.version_info[0]}{sys.version_info[1]}-torch{torch.__version__}-{kind}")
+' "${FORCE_CUDA:-}"
 }
 
 check_compilers() {
@@ -108,23 +116,40 @@ PYTHON_END
     rm -rf "$work"
 }
 
+fits() { # fits WHEEL: it loads beside this torch, which its name does not tell
+    local trial=.cache/mmcv-trial code=0
+    rm -rf "$trial"
+    pip install --quiet --no-deps --no-index --target "$trial" "$1" 2>/dev/null &&
+        PYTHONPATH=$trial "$PYTHON" -c 'import mmcv._ext' 2>/dev/null || code=1
+    rm -rf "$trial"
+    return "$code"
+}
+
 install_full() {
-    local cuda folder
-    if loads; then return; fi
-    cuda=${FORCE_CUDA:-$("$PYTHON" -c 'import torch; print(int(torch.cuda.is_available()))')}
-    folder=$(wheel_cache "$cuda")
-    pip uninstall --quiet --yes mmcv mmcv-lite 2>/dev/null || true
-    if ! compgen -G "$folder/mmcv-$MMCV-*.whl" >/dev/null; then
-        # A wheel's name does not tell its torch: only loading it does.
-        if pip install --quiet --no-deps --only-binary mmcv "mmcv==$MMCV" 2>/dev/null && loads; then
-            say "took the wheel of mmcv $MMCV that pip found"
-            return
-        fi
-        ((build)) || die "no wheel of mmcv $MMCV is at hand that loads beside this Python and torch." \
-            "Remedy: --build-mmcv builds one."
-        build_mmcv "$cuda" "$folder"
+    local cuda folder offered=.cache/mmcv-offered wheel
+    if loads; then
+        say "mmcv $MMCV with compiled operators is there already"
+        return
     fi
-    pip install --quiet --no-deps --force-reinstall "$folder"/mmcv-"$MMCV"-*.whl
+    read -r cuda folder < <(wheel_cache)
+    wheel=$(compgen -G "$folder/mmcv-$MMCV-*.whl" || true)
+    if [[ -z $wheel ]]; then
+        rm -rf "$offered"
+        if pip download --quiet --no-deps --only-binary :all: --dest "$offered" "mmcv==$MMCV" 2>/dev/null &&
+            fits "$offered"/mmcv-*.whl; then
+            say "taking the wheel of mmcv $MMCV that pip found"
+            wheel=$(compgen -G "$offered/mmcv-*.whl")
+        elif ((build)); then
+            build_mmcv "$cuda" "$folder"
+            wheel=$(compgen -G "$folder/mmcv-$MMCV-*.whl")
+        else
+            die "no wheel of mmcv $MMCV is at hand that loads beside this Python and torch." \
+                "Remedy: --build-mmcv builds one."
+        fi
+    fi
+    pip uninstall --quiet --yes mmcv mmcv-lite 2>/dev/null || true # both have the files of the package mmcv
+    pip install --quiet --no-deps --no-index "$wheel"
+    rm -rf "$offered"
     loads || die "the operators of mmcv do not load: $("$PYTHON" -c 'import mmcv._ext' 2>&1 | tail -n 1)" \
         "Remedy: rm -r $folder, then run the command again."
 }
