@@ -20,7 +20,7 @@ from visattn_tools.data import open_data
 from visattn_tools.loaders import TrainLoader
 from visattn_tools.processes import Processes
 
-from runs import assert_same_run
+from runs import assert_same_run, exit_codes
 
 Flags = Callable[..., list[str]]
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "crop_mode": "center"}
@@ -149,6 +149,19 @@ def test_a_stopped_stream_goes_on(flags: Flags, shards: Path, tmp_path: Path, mo
     ):
         training.main(_wds(flags, shards, "broken", *more, "--resume", "auto", "--workers", 2))
     training.main(_wds(flags, shards, "broken", *more, "--resume", "auto"))
+    assert_same_run(tmp_path / "runs/broken", tmp_path / "runs/straight")
+
+
+@pytest.mark.slow
+def test_processes_share_a_stream(
+    flags: Flags, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("webdataset")
+    more = ["--workers", 1, "--epochs", 2, "--batch-size", 2, "--checkpoint-minutes", 0]
+    assert exit_codes(_wds(flags, shards, "straight", *more), processes=2) == [0, 0]
+    assert "24 training and 10 held-out images, on cpu in each of 2 processes" in capfd.readouterr().out
+    assert exit_codes(_wds(flags, shards, "broken", *more), 2, 9, ("step",))[0] == -signal.SIGKILL
+    assert exit_codes(_wds(flags, shards, "broken", *more, "--resume", "auto"), processes=2) == [0, 0]
     assert_same_run(tmp_path / "runs/broken", tmp_path / "runs/straight")
 
 

@@ -79,6 +79,11 @@ class Images(Dataset):
         """The pictures that could not be read so far."""
         return self._unreadable.nonzero().flatten().tolist()
 
+    @property
+    def total(self) -> int:
+        """Pictures of all processes."""
+        return len(self)
+
     def mark_unreadable(self, indices: list[int]) -> None:
         """Count pictures as unreadable that others have met."""
         self._unreadable[indices] = True
@@ -132,6 +137,11 @@ class Stream(IterableDataset):
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Choose what the next iteration reads: all batches of `epoch`, the first `skip` of them as empty images."""
         self._place.copy_(torch.tensor([epoch, skip]))
+
+    @property
+    def total(self) -> int:
+        """Pictures of all processes; the length is that of one."""
+        return len(self) * process_count()
 
     def mark_unreadable(self, indices: list[int]) -> None:
         """Nothing is counted by index."""
@@ -199,13 +209,16 @@ def open_data(args: argparse.Namespace, input_size: tuple[int, int, int]) -> Dat
     if args.num_classes not in (None, len(names)):
         raise UserError(f"--num-classes {args.num_classes}: {where} has {len(names)} classes")
     several = f" x {process_count()} processes" if process_count() > 1 else ""
-    if args.batch_size * process_count() > len(train):
-        raise UserError(f"--batch-size {args.batch_size}{several} exceeds the {len(train)} training images of {where}")
-    if isinstance(train, Streamed) and isinstance(test, Streamed):
+    if isinstance(train, Streamed):
         size = args.batch_size
-        return Data(Stream(train, args.seed, size), Stream(test, args.seed, args.validation_batch_size or size), names)
-    # Held-out images are not replaced: the result would be that of another set.
-    return Data(Images(train, args.seed, args.max_unreadable), Images(test, args.seed), names)
+        data = Data(Stream(train, args.seed, size), Stream(test, args.seed, args.validation_batch_size or size), names)
+    else:
+        # Held-out images are not replaced: the result would be that of another set.
+        data = Data(Images(train, args.seed, args.max_unreadable), Images(test, args.seed), names)
+    total = data.train.total
+    if args.batch_size * process_count() > total:
+        raise UserError(f"--batch-size {args.batch_size}{several} exceeds the {total} training images of {where}")
+    return data
 
 
 def _made(args: argparse.Namespace, input_size: tuple[int, int, int]) -> tuple[Source, Source]:

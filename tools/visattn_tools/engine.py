@@ -300,7 +300,7 @@ class Engine:
                 return call(images.contiguous(memory_format=self.memory_format))
 
         indexed = not isinstance(self.data.test, Stream)
-        return evaluate(classify, self.test_batches, len(self.data.test), self.processes, pause, indexed)
+        return evaluate(classify, self.test_batches, self.data.test.total, self.processes, pause, indexed)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on between two updates as if nothing had happened.

@@ -112,7 +112,7 @@ class _Run:
         several = f" in each of {self.processes.count} processes" if self.processes.count > 1 else ""
         print(
             f"{self.args.model}: {parameters:.2f} M parameters, {size} px, {len(data.class_names)} classes, "
-            f"{len(data.train)} training and {len(data.test)} held-out images, on {engine.device}{several}, "
+            f"{data.train.total} training and {data.test.total} held-out images, on {engine.device}{several}, "
             f"visattn {visattn.__version__}, torch {torch.__version__}"
         )
         print(f"run folder: {folder.path}", flush=True)
