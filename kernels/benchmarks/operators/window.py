@@ -39,11 +39,11 @@ def case(shape: Shape, dtype: torch.dtype) -> Case:
     B, heads, dim, H, W, size = shape
     torch.manual_seed(0)
     inputs = list(torch.randn(B, H, W, 3, heads, dim, device="cuda").to(dtype).unbind(3))
-    inputs += list(torch.randn(2, heads, dim, device="cuda").to(dtype))
+    pad_k, pad_v = torch.randn(2, heads, dim, device="cuda").to(dtype)
 
     def attend(backend: str) -> Callable[..., Tensor]:
-        def call(q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor, pad_v: Tensor) -> Tensor:
-            return window_attention(q, k, v, size, pad_k, pad_v, backend=backend)
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return window_attention(q, k, v, size, pad_k.to(q.dtype), pad_v.to(q.dtype), backend=backend)
 
         return call
 

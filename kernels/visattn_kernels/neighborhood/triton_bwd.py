@@ -34,7 +34,7 @@ from .triton_tiling import Windows, key_tiling, query_tiling
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
                                "heads", "group", "extra"])  # fmt: skip
 def na_bwd_dq_kernel(
-    g, q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, out, lse, grad_lse, delta, dq, drel,
+    g, q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, out, lse, grad_lse, delta, dq, drel, compact,
     g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, scale_log2, scale,
     HAS_GRAD_LSE: tl.constexpr,
@@ -44,7 +44,7 @@ def na_bwd_dq_kernel(
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
     CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr, REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -109,8 +109,14 @@ def na_bwd_dq_kernel(
             seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
         column = tl.where(seen2, 0.0, HIDDEN)
         if HAS_REL:
-            terms = tl.load(rel + column_terms[:, None] + u2[None, :], mask=there2[None, :] & there[:, None], other=0.0)
+            exists = there2[None, :] & there[:, None]
+            terms = tl.load(rel + column_terms[:, None] + u2[None, :], mask=exists, other=0.0)
             column += terms.to(tl.float32) * 1.4426950408889634
+            row_tile = tl.load(rel + row_terms[:, None] + u2[None, :], mask=exists, other=0.0)
+            side_by_side = compact + at[:, None] * (2 * COLUMNS) + u2[None, :]
+            tl.store(side_by_side, row_tile, mask=there[:, None])
+            tl.store(side_by_side + COLUMNS, terms, mask=there[:, None])
+            row_tile = row_tile.to(tl.float32) * 1.4426950408889634
         acc_row = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         acc_column = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i in range(0, tl.cdiv(w0 * w1, ROWS)):
@@ -138,8 +144,7 @@ def na_bwd_dq_kernel(
                 entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
                 s += tl.load(table + entry_n[None, :] - entry_m[:, None])
             if HAS_REL:
-                row_term = tl.load(rel + row_terms + t1 - start1, mask=there, other=0.0)
-                s += (row_term.to(tl.float32) * 1.4426950408889634)[:, None]
+                s += tl.sum(tl.where((u2 == i)[None, :], row_tile, 0.0), 1)[:, None]
             s = tl.where(seen, s, HIDDEN)
             ds = tl.exp2(s - row_lse[:, None]) * (dp - row_delta[:, None])
             acc = tl.dot(ds.to(rows_k.dtype), rows_k, acc, input_precision=PRECISION)
@@ -147,7 +152,6 @@ def na_bwd_dq_kernel(
                 acc_row += tl.where((u2 == i)[None, :], tl.sum(ds, 1)[:, None], 0.0)
                 acc_column += ds
         if HAS_REL:
-            exists = there2[None, :] & there[:, None]
             tl.store(drel + row_terms[:, None] + u2[None, :], acc_row.to(drel.dtype.element_ty), mask=exists)
             tl.store(drel + column_terms[:, None] + u2[None, :], acc_column.to(drel.dtype.element_ty), mask=exists)
     if HAS_EXTRA:
@@ -175,6 +179,8 @@ class Plan(NamedTuple):
 
     dq: Launch
     dkv: Launch
+    terms: int
+    """Position terms of a query, side by side: of rows of keys, then of columns, each rounded up."""
 
 
 @functools.lru_cache(4096)
@@ -204,9 +210,9 @@ def plan(
     dkv = Launch(
         na_bwd_dkv_kernel, B * keys.programs * kv_heads,
         (*strides, *maps, *keys.counts, *keys.tiles, heads, heads // kv_heads, *factors),
-        shared | keys.constants(of_keys=True), keys.warps, keys.stages,
+        {"TERMS": 2 * way.columns} | shared | keys.constants(of_keys=True), keys.warps, keys.stages,
     )  # fmt: skip
-    return Plan(dq, dkv)
+    return Plan(dq, dkv, 2 * way.columns)
 
 
 def backward(
@@ -240,15 +246,18 @@ def backward(
     )  # fmt: skip
     filled = [q if x is None else x for x in optional]
     delta = torch.empty_like(lse)
-    drel = q.new_empty(0) if rel is None else torch.zeros(rel.shape, dtype=rel.dtype, device=rel.device)
-    run.dq(g, q, k, v, *filled, out, lse, lse if grad_lse is None else grad_lse, delta, dq, drel)
+    drel = compact = q.new_empty(0)
+    if rel is not None:  # the second kernel reads the position terms as the first one has found them
+        drel = torch.zeros(rel.shape, dtype=rel.dtype, device=rel.device)
+        compact = torch.empty(*rel.shape[:-1], run.terms, dtype=rel.dtype, device=rel.device)
+    run.dq(g, q, k, v, *filled, out, lse, lse if grad_lse is None else grad_lse, delta, dq, drel, compact)
 
     sums = [
         None if x is None else torch.empty(run.dkv.programs, x.shape[-1], dtype=torch.float32, device=q.device)
         for x in optional[3:5]
     ]
     run.dkv(
-        g, q, k, v, filled[0], *filled[3:6], lse, delta, dk, dv, *(q if x is None else x for x in sums)
+        g, q, k, v, filled[0], *filled[3:5], compact, lse, delta, dk, dv, *(q if x is None else x for x in sums)
     )  # fmt: skip
     pads = [
         q.new_empty(0) if x is None

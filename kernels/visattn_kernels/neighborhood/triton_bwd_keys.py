@@ -54,14 +54,14 @@ def axis_of_keys(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K
 def na_bwd_dkv_kernel(
     g, q, k, v, bias, pad_k, pad_v, rel, lse, delta, dk, dv, dpad_k, dpad_v,
     g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, scale_log2, scale,
+    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, scale_log2, scale, TERMS: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
     CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr, REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -117,8 +117,8 @@ def na_bwd_dkv_kernel(
             seen = wanted & (u0 >= 0) & (u0 < K0) & (u1 >= 0) & (u1 < K1) & (u2 >= 0) & (u2 < K2)
             seen = seen[:, None]
             if HAS_REL:
-                e = tl.arange(0, BLOCK_E)[None, :]
-                ones = (((e == u1[:, None]) | (e == u2[:, None] + K1)) & seen).to(rows_k.dtype)
+                e = tl.arange(0, TERMS)[None, :]
+                ones = (((e == u1[:, None]) | (e == u2[:, None] + TERMS // 2)) & seen).to(rows_k.dtype)
         for part in range(0, tl.cdiv(columns, COLUMNS)):
             m2 = part * COLUMNS + tl.arange(0, BLOCK_M) % COLUMNS
             p2 = q2 + m2
@@ -157,10 +157,7 @@ def na_bwd_dkv_kernel(
                     entry_m = (p0 * (2 * K1 - 1) + p1) * (2 * K2 - 1) + p2
                     s += tl.load(table + entry_n[:, None] - entry_m[None, :])
                 if HAS_REL:
-                    row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * (p1 % S1)
-                    column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * (p2 % S2)
-                    entry = tl.where(e < K1, row_terms[:, None], column_terms[:, None] - K1) + e
-                    terms = tl.load(rel + entry, mask=read[:, None] & (e < 2 * K1), other=0.0).to(rows_k.dtype)
+                    terms = tl.load(rel + at[:, None] * TERMS + e, mask=read[:, None], other=0.0).to(rows_k.dtype)
                     s += tl.dot(ones, tl.trans(terms), input_precision=PRECISION) * 1.4426950408889634
                 p = tl.where(seen, tl.exp2(s - row_lse[None, :]), 0.0)
                 ds = p * (dp - row_delta[None, :])

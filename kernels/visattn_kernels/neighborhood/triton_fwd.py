@@ -123,7 +123,7 @@ def na_fwd_kernel(
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
     CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr, REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -179,8 +179,11 @@ def na_fwd_kernel(
             seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
         column = tl.where(seen2, 0.0, HIDDEN)
         if HAS_REL:
-            terms = tl.load(rel + column_terms[:, None] + u2[None, :], mask=there2[None, :] & there[:, None], other=0.0)
+            exists = there2[None, :] & there[:, None]
+            terms = tl.load(rel + column_terms[:, None] + u2[None, :], mask=exists, other=0.0)
             column += terms.to(tl.float32) * 1.4426950408889634
+            row_tile = tl.load(rel + row_terms[:, None] + u2[None, :], mask=exists, other=0.0)
+            row_tile = row_tile.to(tl.float32) * 1.4426950408889634
         for i in range(0, tl.cdiv(w0 * w1, ROWS)):
             t0, t1, there1 = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
             ky0, ky1 = g0 + D0 * t0, g1 + D1 * t1
@@ -201,8 +204,7 @@ def na_fwd_kernel(
                 entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
                 s += tl.load(table + entry_n[None, :] - entry_m[:, None])
             if HAS_REL:
-                row_term = tl.load(rel + row_terms + t1 - start1, mask=there, other=0.0)
-                s += (row_term.to(tl.float32) * 1.4426950408889634)[:, None]
+                s += tl.sum(tl.where((u2 == i)[None, :], row_tile, 0.0), 1)[:, None]
             s = tl.where(seen, s, HIDDEN)
             new_top = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - new_top[:, None])
@@ -264,7 +266,7 @@ def shared_constants(
         **constants, "CLAMPED": windows.clamped, "MASK_OUTSIDE": windows.mask_outside, "REL_STEP": windows.rel_step,
         "REL_WIDTH": 0 if rel is None else rel[0][-1], "HAS_BIAS": bias is not None, "HAS_EXTRA": extra is not None,
         "HAS_PAD": pad is not None, "HAS_REL": rel is not None, "DIM": dim, "DIM_V": dim_v,
-        "BLOCK_D": power_of_2(dim), "BLOCK_DV": power_of_2(dim_v), "BLOCK_E": power_of_2(2 * windows.kernel_size[1]),
+        "BLOCK_D": power_of_2(dim), "BLOCK_DV": power_of_2(dim_v),
         "PRECISION": precision,
     }  # fmt: skip
 
