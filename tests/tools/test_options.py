@@ -166,6 +166,23 @@ def test_distillation(flags: Flags, tmp_path: Path) -> None:
         training.main(flags("bad", *SHORT, *more))
 
 
+def test_feature_distillation(flags: Flags, tmp_path: Path) -> None:
+    """The layer between features of different widths is trained and survives a kill, and is no part of the weights."""
+    weights = tmp_path / "teacher.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), weights)
+    more = ["--kd-model-name", "test_resnet", "--kd-model-path", weights, "--kd-distill-type", "feature"]
+    more = [*SHORT, *map(str, more), "--epochs", "2", "--checkpoint-minutes", "0", "--clip-grad", "1"]
+    kept = _train(flags("straight", *more))
+    assert kept.keys() == timm.create_model("test_efficientnet").state_dict().keys()
+    assert killed(flags("broken", *more), 5, "step")
+    training.main(flags("broken", *more, "--resume", "auto"))
+    assert_same_run(tmp_path / "runs/broken", tmp_path / "runs/straight")
+    a, b = (load_state(tmp_path / f"runs/{name}/checkpoints/state.pt")["objective"] for name in ("straight", "broken"))
+    assert torch.equal(a["weight"], b["weight"])
+    other = training.train(parse_train_args(flags("other", *more, "--seed", 42, "--epochs", 1))).state
+    assert not torch.equal(load_state(other)["objective"]["weight"], a["weight"])
+
+
 def test_tensorboard(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -14,14 +14,18 @@ from .objectives import Criterion, Objective
 
 
 class DistillationObjective(Objective):
-    """The criterion of the student's logits and their divergence from the teacher's, as timm's task weighs them.
+    """The criterion of the student's logits and their distance from the teacher's, as timm's tasks weigh them: of the
+    softmaxes, or of the pooled features, the student's through a linear layer of its own if they differ in width.
 
     Args:
         model: The student.
         criterion: Loss of logits and targets.
         teacher: A trained model of the same classes.
         student_norm: Mean and standard deviation that the images come with.
-        args: ``--kd-temperature``, ``--distill-loss-weight``, ``--task-loss-weight``.
+        args: ``--kd-distill-type``, ``--kd-temperature``, ``--distill-loss-weight``, ``--task-loss-weight``.
+
+    Raises:
+        UserError: The installed timm has no such tasks.
     """
 
     def __init__(
@@ -34,27 +38,50 @@ class DistillationObjective(Objective):
     ) -> None:
         super().__init__(model, criterion)
         try:
-            from timm.task import LogitDistillationTask
+            from timm.task import FeatureDistillationTask, LogitDistillationTask
         except ImportError:
             raise UserError(f"--kd-model-name: the installed timm {timm.__version__} has no distillation") from None
         device = next(model.parameters()).device
         teacher.requires_grad_(False)
-        self.task = LogitDistillationTask(
-            student_model=model,
-            teacher_model=teacher,
-            criterion=criterion,  # type: ignore[arg-type]
-            distill_loss_weight=args.distill_loss_weight,
-            task_loss_weight=args.task_loss_weight,
-            temperature=args.kd_temperature,
-            device=device,
-            verbose=False,
-        ).to(device)
+        options: dict[str, Any] = {
+            "student_model": model,
+            "teacher_model": teacher,
+            "criterion": criterion,
+            "distill_loss_weight": args.distill_loss_weight,
+            "task_loss_weight": args.task_loss_weight,
+            "device": device,
+            "verbose": False,
+        }
+        self.task: Any
+        if args.kd_distill_type == "feature":
+            self.task = FeatureDistillationTask(**options)
+        else:
+            self.task = LogitDistillationTask(**options, temperature=args.kd_temperature)
+        self.task.to(device)
+        self._module: nn.Module = self.task.trainable_module  # the student, or it with the linear layer
         own_mean, own_std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in student_norm)
         teacher_part: Any = self.task.teacher
         scale, shift = own_std / teacher_part.std_kd, (own_mean - teacher_part.mean_kd) / teacher_part.std_kd
         same = bool((scale == 1).all() and (shift == 0).all())
         # timm's own compares the two on every step, for which the host would wait for the GPU.
         teacher_part.normalize_input = lambda images, *_: images if same else images * scale + shift
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    @property
+    def trained(self) -> nn.Module:
+        return self._module
+
+    def state_dict(self) -> dict[str, Any]:
+        projection = getattr(self._module, "projection", None)
+        return projection.state_dict() if projection is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        projection = getattr(self._module, "projection", None)
+        if projection is not None:
+            projection.load_state_dict(state)
 
     def __call__(self, call: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, step: int) -> Tensor:
         self.task.trainable_module = cast(nn.Module, call)  # it may be compiled or wrapped
@@ -72,6 +99,8 @@ def check_distillation(args: argparse.Namespace) -> None:
             if getattr(args, flag) is not None:
                 raise UserError(f"--{flag.replace('_', '-')} needs --kd-model-name")
         return
+    if args.kd_distill_type == "feature" and args.fsdp:
+        raise UserError("--kd-distill-type feature looks into the model: it cannot be had with --fsdp")
     if args.strategy:
         raise UserError("--kd-model-name and --strategy exclude each other: a strategy brings its own teacher")
     if not timm.is_model(args.kd_model_name):

@@ -89,9 +89,13 @@ class Engine:
         self.train_batches = TrainLoader(data.train, args, data_config, processes)
         self.test_batches = test_loader(data.test, args, data_config, processes)
         self.updates_per_epoch = math.ceil(len(self.train_batches) / args.grad_accum_steps)
-        self.optimizer, self.scheduler, self.epochs = optimizer_and_schedule(model, args, self.updates_per_epoch)
+        self.optimizer, self.scheduler, self.epochs = optimizer_and_schedule(
+            self.objective.trained, args, self.updates_per_epoch
+        )
         self.scaler = torch.amp.GradScaler(self.device.type) if args.amp and args.amp_dtype == "float16" else None
-        self.clipped = list(model_parameters(model, exclude_head=args.clip_mode == "agc")) if args.clip_grad else []
+        # The head, which adaptive clipping leaves out, comes last in the model.
+        clipped = model if args.clip_mode == "agc" else self.objective.trained
+        self.clipped = list(model_parameters(clipped, exclude_head=args.clip_mode == "agc")) if args.clip_grad else []
         # Batch norms note every batch that they see; a bad one has to be forgotten.
         self.statistics = [
             value for name, value in model.named_buffers() if name.endswith(("running_mean", "running_var"))
@@ -323,6 +327,7 @@ class Engine:
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "schedule": schedule_state(self.scheduler),
+            "objective": self.objective.state_dict(),
         } | self.own_state()
 
     def _whole(self, model: nn.Module) -> dict[str, Any]:
@@ -359,6 +364,7 @@ class Engine:
             sharding.load_optimizer(self.model, self.optimizer, state["optimizer"])
         else:
             self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.load_state_dict(state.get("objective", {}))
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         load_schedule(self.scheduler, state.get("schedule"), self.epoch, self.updates)

@@ -36,6 +36,18 @@ class Objective:
         """What the engine is to compile or wrap, and to hand over as ``call``."""
         return self.model
 
+    @property
+    def trained(self) -> nn.Module:
+        """Whose parameters the optimizer gets: the model and what an objective may add to it."""
+        return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an objective has learnt besides the model."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`state_dict` gave."""
+
     def __call__(self, call: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, step: int) -> Tensor:
         """Loss of a batch.
 
