@@ -227,7 +227,11 @@ def test_many_models_outlive_a_bad_one(
 
 
 def test_an_interruption_keeps_the_finished_models(
-    weights: Path, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path,
+    tmp_path: Path,
+    image_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     second, table = _save(tmp_path / "second.safetensors", CLASSES, seed=1), tmp_path / "results.csv"
     original = validation.Validation.classify
@@ -241,6 +245,7 @@ def test_an_interruption_keeps_the_finished_models(
     flags = ["--data-dir", str(image_folder), "--device", "cpu", "--workers", "0", "-b", "4", "--csv", str(table)]
     with pytest.raises(Interrupted, match="SIGINT"):
         validation.main([str(weights), str(second), *flags])
+    assert "stopped by SIGINT; 1 of 2 models are done" in capsys.readouterr().out
     assert [row["model"] for row in csv.DictReader(table.read_text().splitlines())] == [str(weights)]
 
 

@@ -44,7 +44,7 @@ def parser() -> Parser:
     add("--csv", type=Path, metavar="FILE", help="the results as CSV")
     add("--img-size", type=number(int, 16, 4096), help="side of the images; default: each model's")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="of all models")
-    add("-b", "--batch-size", type=number(int, 1), default=8, help="images per step; fewer if the memory is too small")
+    add("-b", "--batch-size", type=number(int, 1), help="images per step, fewer if memory is short; default: 8, GPU 128")
     add("--no-retry", action="store_true", help="too little memory for --batch-size is an error")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--amp", action="store_true", help="mixed precision")
@@ -193,8 +193,9 @@ def main(argv: Sequence[str] | None) -> None:
     args.peer = args.peer or args.models[0]
     if args.opt.lower() not in list_optimizers():
         raise UserError(f"--opt {args.opt}: timm has no such optimizer{nearest(args.opt, map(str, list_optimizers()))}")
+    gpu = args.device.startswith("cuda")
+    args.batch_size = args.batch_size or (128 if gpu else 8)
     if args.steps is None:
-        gpu = args.device.startswith("cuda")
         args.steps = (50 if gpu else 20) if args.bench == "engine" else (10 if gpu else 1)
     for path in (args.output, args.csv, args.trace):
         if path and not path.parent.is_dir():

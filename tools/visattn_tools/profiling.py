@@ -77,7 +77,8 @@ def operators(step: Callable[[], None], device: torch.device, top: int, trace: A
     rows = []
     for event in record.key_averages():
         on_gpu = "CUDA" in str(event.device_type)
-        if gpu != on_gpu:  # on a GPU the processor's share is what launches the kernels that are listed anyway
+        # On a GPU kernels are listed, not what launches them, nor what is written around several of them.
+        if gpu != on_gpu or (gpu and event.is_user_annotation):
             continue
         microseconds = event.self_device_time_total if gpu else event.self_cpu_time_total
         rows.append({"operator": event.key, "calls": event.count, "ms": round(microseconds / 1e3, 4)})

@@ -48,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop = stack.enter_context(StopSignals(patient=processes.count > 1))
         rows: list[dict[str, Any]] = []
         for model in models:
-            rows.append(_row(model, args, processes, real_labels, stop, alone=len(models) == 1))
+            try:
+                rows.append(_row(model, args, processes, real_labels, stop, alone=len(models) == 1))
+            except Interrupted as interrupted:
+                print(f"\nstopped by {interrupted}; {len(rows)} of {len(models)} models are done", flush=True)
+                raise
             _save(rows, args, processes)
         if len(models) > 1:
             print(table(rows))
