@@ -44,7 +44,7 @@ def parser() -> Parser:
     add("--csv", type=Path, metavar="FILE", help="the results as CSV")
     add("--img-size", type=number(int, 16, 4096), help="side of the images; default: each model's")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="of all models")
-    add("-b", "--batch-size", type=number(int, 1), help="images per step, fewer if memory is short; default: 8, GPU 128")
+    add("-b", "--batch-size", type=number(int, 1), help="images per step, fewer if memory is short; 8, on a GPU 128")
     add("--no-retry", action="store_true", help="too little memory for --batch-size is an error")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--amp", action="store_true", help="mixed precision")
