@@ -13,17 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta, unit_stride
+from ..triton_tiles import LOG2E, divide, load_tokens, power_of_2
 from .triton_fwd import (
-    LOG2E,
     Pair,
-    divide,
     index_strides,
-    load_tokens,
     place,
     region_scalars,
     walk,
 )
-from .triton_tiling import dkv_tiling, dq_tiling, power_of_2
+from .triton_tiling import dkv_tiling, dq_tiling
 
 
 @triton.jit(do_not_specialize=["pairs", "k_regions"])

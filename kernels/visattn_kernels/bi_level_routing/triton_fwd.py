@@ -5,7 +5,6 @@ reads where they lie: no gathered keys, no permutation, no padded copy. Softmax 
 """
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -14,16 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta, unit_stride
-from .triton_tiling import forward_tiling, power_of_2
+from ..triton_tiles import LOG2E, divide, load_tokens, power_of_2
+from .triton_tiling import forward_tiling
 
 Pair = tuple[int, int]
-LOG2E = math.log2(math.e)
-
-
-@triton.jit
-def divide(i, inverse):
-    """floor(i / n) for ``inverse = 1 / n``; exact for i < 2^21."""
-    return tl.cast((i + 0.5) * inverse, tl.int32)
 
 
 @triton.jit
@@ -53,31 +46,6 @@ def walk(i, list_, count, tokens, inv_tokens, steps, inv_steps, PACKED: tl.const
         wanted = token < tokens
         entry = tl.load(list_ + at).to(tl.int32)
     return token, entry, at, wanted
-
-
-@triton.jit
-def load_tokens(base, offset, inside, wanted, pad, dim: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr,
-                HAS_PAD: tl.constexpr):  # fmt: skip
-    """Rows (tokens, BLOCK) at `base` + `offset`: zeros where not wanted, `pad` where wanted but outside the map.
-
-    `ALL`: every row is wanted and inside.
-    """
-    d = tl.arange(0, BLOCK)
-    at = base + offset[:, None] + d[None, :]
-    if ALL:
-        if dim < BLOCK:
-            return tl.load(at, mask=(d < dim)[None, :], other=0.0)
-        else:
-            return tl.load(at)
-    else:
-        mask = (inside & wanted)[:, None]
-        if dim < BLOCK:
-            mask = mask & (d < dim)[None, :]
-        rows = tl.load(at, mask=mask, other=0.0)
-        if HAS_PAD:
-            fill = tl.load(pad + d, mask=d < dim, other=0.0).to(rows.dtype)
-            rows = tl.where((wanted & (inside == 0))[:, None], fill[None, :], rows)
-        return rows
 
 
 @triton.jit(do_not_specialize=["H", "W", "KH", "KW", "regions", "regions_w", "size_h", "size_w", "k_regions_w",

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import triton
 
+from ..triton_tiles import power_of_2
+
 
 class Tiling(NamedTuple):
     """How a program walks: tokens it holds, tokens per step, packed or not, launch settings."""
@@ -22,11 +24,6 @@ class Tiling(NamedTuple):
     def whole(self, count: int, tokens: int) -> bool:
         """Whether every step is full, for a list of `count` regions of `tokens`."""
         return (count * tokens if self.packed else tokens) % self.step == 0
-
-
-def power_of_2(n: int) -> int:
-    """Smallest tile that holds `n` tokens or channels; matrix products need at least 16."""
-    return max(16, triton.next_power_of_2(n))
 
 
 def packs(tokens: int, step: int) -> bool:
