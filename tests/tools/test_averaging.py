@@ -4,29 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
+from small_models import CLASSES, save_small, small_state
 from torch import Tensor
 from visattn_tools import averaging, training, validation
-from visattn_tools.checkpoint import ModelInfo, load_model, load_state, read_header, save_weights
+from visattn_tools.checkpoint import load_model, load_state, read_header
 from visattn_tools.cli import UserError
 from visattn_tools.files import sha256
 
-CLASSES = ["blue", "green", "red"]
-CONFIG = {
-    "input_size": [3, 32, 32],
-    "mean": [0.5] * 3,
-    "std": [0.25] * 3,
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
-
 
 def _state(seed: int) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    state = timm.create_model("test_efficientnet", num_classes=3).state_dict()
+    state = small_state(seed)
     for name, value in state.items():
         if value.is_floating_point():
             value.add_(torch.rand_like(value) * 0.1)
@@ -35,14 +24,9 @@ def _state(seed: int) -> dict[str, Tensor]:
     return state
 
 
-def _save(path: Path, state: dict[str, Tensor], name: str = "test_efficientnet", classes: list[str] = CLASSES) -> Path:
-    save_weights(path, state, ModelInfo(name, 3, {}, classes, CONFIG))
-    return path
-
-
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    return [_save(tmp_path / f"{seed}.safetensors", _state(seed)) for seed in range(3)]
+    return [save_small(tmp_path / f"{seed}.safetensors", _state(seed)) for seed in range(3)]
 
 
 def _average(files: list[Path], *more: object) -> Path:
@@ -68,10 +52,8 @@ def test_the_mean_of_all(files: list[Path]) -> None:
 
 
 def test_the_mean_keeps_the_precision(tmp_path: Path) -> None:
-    halves = [
-        _save(tmp_path / f"{seed}.safetensors", {n: v.half() if v.is_floating_point() else v for n, v in s.items()})
-        for seed, s in ((seed, _state(seed)) for seed in range(2))
-    ]
+    states = [{n: v.half() if v.is_floating_point() else v for n, v in _state(seed).items()} for seed in range(2)]
+    halves = [save_small(tmp_path / f"{i}.safetensors", state) for i, state in enumerate(states)]
     assert load_file(_average(halves))["conv_stem.weight"].dtype == torch.float16
 
 
@@ -142,7 +124,7 @@ def test_averages_of_runs(tmp_path: Path, flags: Callable[..., list[str]]) -> No
 )
 def test_weights_that_do_not_go_together(files: list[Path], change: dict[str, Tensor | None], message: str) -> None:
     state = {name: value for name, value in (_state(1) | change).items() if value is not None}
-    _save(files[1], state)
+    save_small(files[1], state)
     with pytest.raises(UserError, match=message):
         _average(files)
     assert not (files[0].parent / "soup.safetensors").exists()
@@ -150,7 +132,7 @@ def test_weights_that_do_not_go_together(files: list[Path], change: dict[str, Te
 
 def test_integers_that_differ(files: list[Path]) -> None:
     for i, file in enumerate(files):
-        _save(file, load_file(file) | {"table": torch.tensor([1, i // 2])})
+        save_small(file, load_file(file) | {"table": torch.tensor([1, i // 2])})
     with pytest.raises(UserError, match=r"2.safetensors: table holds other int64 values: no mean of them"):
         _average(files)
 
@@ -158,12 +140,12 @@ def test_integers_that_differ(files: list[Path]) -> None:
 def test_bad_arguments(files: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is nothing to average in one SRC, .*0.safetensors"):
         _average(files[:1])
-    _save(files[2], _state(2), classes=["blue", "red", "green"])
+    save_small(files[2], _state(2), names=["blue", "red", "green"])
     with pytest.raises(
         UserError, match=r"2.safetensors does not go with .*: class_names \['blue', 'red', 'green'\], not"
     ):
         _average(files)
-    _save(files[2], _state(2), name="test_resnet")
+    save_small(files[2], _state(2), architecture="test_resnet")
     with pytest.raises(UserError, match=r"does not go with .*: architecture test_resnet, not test_efficientnet"):
         _average(files)
     with pytest.raises(UserError, match=r"--data-dir is missing"):

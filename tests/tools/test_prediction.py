@@ -9,31 +9,19 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_models import CONFIG, save_small
 from timm.data import create_transform
 from visattn_tools import prediction
-from visattn_tools.checkpoint import ModelInfo, save_weights
+from visattn_tools.checkpoint import ModelInfo
 from visattn_tools.class_names import folder_names, readable_names
 from visattn_tools.classifier import Classifier
 from visattn_tools.cli import UserError
 from visattn_tools.heat_table import heat_columns
 
-CONFIG = {
-    "input_size": [3, 32, 32],
-    "mean": [0.5] * 3,
-    "std": [0.25] * 3,
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
-
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    path = tmp_path / "weights.safetensors"
-    torch.manual_seed(0)
-    model = timm.create_model("test_efficientnet", num_classes=3)
-    save_weights(path, model.state_dict(), ModelInfo("test_efficientnet", 3, {}, ["blue", "green", "red"], CONFIG))
-    return path
+    return save_small(tmp_path / "weights.safetensors")
 
 
 def test_probabilities_are_those_of_the_model(

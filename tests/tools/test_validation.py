@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_models import CLASSES, CONFIG, save_small, small_state
 from timm.data import create_transform
 from torch import Tensor
 from visattn_tools import shards, training, validation
@@ -20,27 +21,10 @@ from visattn_tools.checkpoint import ModelInfo, load_state, save_weights
 from visattn_tools.cli import Interrupted, UserError
 from visattn_tools.model_files import read_weights
 
-CLASSES = ["blue", "green", "red"]
-CONFIG = {
-    "input_size": [3, 32, 32],
-    "mean": [0.5] * 3,
-    "std": [0.25] * 3,
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
-
-
-def _save(path: Path, names: list[str], seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    model = timm.create_model("test_efficientnet", num_classes=len(names))
-    save_weights(path, model.state_dict(), ModelInfo("test_efficientnet", len(names), {}, names, CONFIG))
-    return path
-
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    return _save(tmp_path / "weights.safetensors", CLASSES)
+    return save_small(tmp_path / "weights.safetensors")
 
 
 @pytest.fixture
@@ -105,7 +89,7 @@ def test_the_input_can_be_changed(weights: Path, image_folder: Path, validate: C
 
 def test_classes_are_matched_by_name(tmp_path: Path, image_folder: Path, validate: Callable) -> None:
     names = ["red", "yellow", "green", "blue"]
-    path = _save(tmp_path / "more.safetensors", names)
+    path = save_small(tmp_path / "more.safetensors", names=names)
     (row,) = validate(path)
     logits = _logits(path, _files(image_folder), 4)
     targets = torch.tensor([3, 2, 0]).repeat_interleave(3)
@@ -118,7 +102,7 @@ def test_classes_are_matched_by_name(tmp_path: Path, image_folder: Path, validat
 
 
 def test_classes_that_do_not_match(tmp_path: Path, weights: Path, image_folder: Path, validate: Callable) -> None:
-    path = _save(tmp_path / "other.safetensors", ["ant", "bee", "cat"])
+    path = save_small(tmp_path / "other.safetensors", names=["ant", "bee", "cat"])
     with pytest.raises(
         UserError, match=r"not trained on the classes blue, green, red; it knows ant, bee, cat.* --class-map"
     ):
@@ -212,7 +196,7 @@ def test_published_checkpoints(tmp_path: Path, weights: Path, validate: Callable
 def test_many_models_outlive_a_bad_one(
     weights: Path, tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    second = _save(tmp_path / "second.safetensors", CLASSES, seed=1)
+    second = save_small(tmp_path / "second.safetensors", small_state(1))
     bad, table = tmp_path / "bad.safetensors", tmp_path / "results.csv"
     bad.write_bytes(b"no weights")
     flags = ["--data-dir", str(image_folder), "--device", "cpu", "--workers", "0"]
@@ -233,7 +217,7 @@ def test_an_interruption_keeps_the_finished_models(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    second, table = _save(tmp_path / "second.safetensors", CLASSES, seed=1), tmp_path / "results.csv"
+    second, table = save_small(tmp_path / "second.safetensors", small_state(1)), tmp_path / "results.csv"
     original = validation.Validation.classify
 
     def classify(self: validation.Validation, images: Tensor) -> Tensor:
@@ -270,7 +254,7 @@ def test_batches_shrink_to_the_memory(
 
 def test_digits(tmp_path: Path) -> None:
     names = [str(digit) for digit in range(10)]
-    path, target = _save(tmp_path / "digits.safetensors", names), tmp_path / "results.json"
+    path, target = save_small(tmp_path / "digits.safetensors", names=names), tmp_path / "results.json"
     flags = ["--dataset", "digits", "--device", "cpu", "--workers", "0", "--json", str(target)]
     validation.main([str(path), *flags])
     assert json.loads(target.read_text())[0]["images"] == 360

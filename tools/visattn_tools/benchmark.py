@@ -23,6 +23,7 @@ from .files import write_text
 from .measuring import gmacs, hardware, peak_memory, read_results, smaller_batch, stamp, take_turns, write_results
 from .profiling import profile_model
 from .rows import csv_text
+from .validation_flags import add_computation_flags
 
 BENCHES = ("count", "inference", "training", "profile", "engine")
 
@@ -44,14 +45,7 @@ def parser() -> Parser:
     add("--csv", type=Path, metavar="FILE", help="the results as CSV")
     add("--img-size", type=number(int, 16, 4096), help="side of the images; default: each model's")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="of all models")
-    add("-b", "--batch-size", type=number(int, 1), help="images per step, fewer if memory is short; 8, on a GPU 128")
     add("--no-retry", action="store_true", help="too little memory for --batch-size is an error")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--amp", action="store_true", help="mixed precision")
-    add("--amp-dtype", choices=("float16", "bfloat16"), default="bfloat16", help="of mixed precision")
-    add("--channels-last", action="store_true", help="memory layout")
-    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the models")
-    add("--torchcompile-mode", metavar="MODE", help="of torch.compile")
     add("--grad-checkpointing", action="store_true", help="recompute activations in training")
     add("--opt", default="adamw", metavar="NAME", help="optimizer of training, any of timm's")
     add("--rounds", type=number(int, 3), default=10, help="timed rounds; models take turns in every round")
@@ -59,6 +53,7 @@ def parser() -> Parser:
     add("--workers", type=number(int, 0, 1024), metavar="N", help="engine: measure with a loader of N processes, too")
     add("--top", type=number(int, 1), default=12, help="profile: operators listed")
     add("--trace", type=Path, metavar="FILE", help="profile: Chrome trace of the last model's steps, as JSON")
+    add_computation_flags(out, batch_size=None)  # 8, on a GPU 128
     return out
 
 

@@ -56,7 +56,7 @@ def add_input_flags(parser: Parser) -> None:
     add("--std", type=number(float, 0, above=True), nargs=3, help="of the normalisation")
 
 
-def add_computation_flags(parser: Parser, batch_size: int = 256) -> None:
+def add_computation_flags(parser: Parser, batch_size: int | None = 256) -> None:
     """What computes, and in which way."""
     add = parser.add_argument_group("computation").add_argument
     add("-b", "--batch-size", type=number(int, 1), default=batch_size, help="images at once; fewer if memory is short")
