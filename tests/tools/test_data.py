@@ -147,6 +147,17 @@ def test_a_class_map_numbers_the_classes(flags: Flags, tmp_path: Path) -> None:
     assert (info.class_names, shapes["classifier.bias"]) == (data.class_names, (4,))
 
 
+def test_class_maps_of_imagenet(flags: Flags, image_folder: Path) -> None:
+    for split in ("train", "val"):
+        for old, new in (("blue", "n01440764"), ("green", "n01443537"), ("red", "n15075141")):
+            (image_folder / split / old).rename(image_folder / split / new)
+    data = _open(flags("x", "--class-map", "imagenet-1k"))
+    assert len(data.class_names) == 1000
+    assert {data.test[i][1] for i in range(9)} == {0, 1, 999}
+    with pytest.raises(UserError, match=r"--class-map imagenet-2k: no such file, and timm knows imagenet-1k, -12k"):
+        _open(flags("x", "--class-map", "imagenet-2k"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

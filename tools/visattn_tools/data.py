@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -230,7 +231,13 @@ def _made(args: argparse.Namespace, input_size: tuple[int, int, int]) -> tuple[S
 
 
 def read_class_map(path: Path) -> list[str]:
-    """The classes in a ``--class-map``, in the order of their numbers."""
+    """The classes in a ``--class-map``, in the order of their numbers: a file, or one of timm's lists of ImageNets."""
+    if path.name.startswith("imagenet") and not path.exists():
+        try:
+            return ImageNetInfo(path.name).label_names()
+        except AssertionError:
+            known = "imagenet-1k, -12k, -21k-goog, -21k-miil, -22k, -22k-ms"
+            raise UserError(f"--class-map {path}: no such file, and timm knows {known}") from None
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -56,7 +56,7 @@ def train_parser() -> Parser:
     add("--train-split", default="train", metavar="NAME", help="folder of the training images, or a split's name")
     add("--val-split", default="validation", metavar="NAME", help="of the held-out images; val, ... are found")
     add("--dataset-download", action=switch, default=False, help="let torch/ fetch its data")
-    add("--class-map", metavar="FILE", help="class folders in the order of their numbers, one a line; default: sorted")
+    add("--class-map", metavar="FILE", help="class folders by number, one a line, or imagenet-22k, ...; else sorted")
     add("--num-classes", type=_COUNT, help="checked against the data; needed where the data do not say")
     add("--input-key", metavar="KEY", help="of the image in hfds/, hfids/ and wds/")
     add("--target-key", metavar="KEY", help="of the class in hfds/, hfids/ and wds/")
