@@ -204,6 +204,8 @@ def test_tensorboard(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 class _Wandb:
     """Stands in for the service's package, which cannot be had without an account."""
 
+    id = "a1b2"
+
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
 
@@ -224,9 +226,13 @@ def test_weights_and_biases(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> No
         training.main(flags("x", *SHORT, "--log-wandb"))
     wandb = _Wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
-    training.main(flags("run", *SHORT, "--log-wandb", "--wandb-project", "p", "--wandb-tags", "a", "b"))
+    command = flags("run", *SHORT, "--log-wandb", "--wandb-project", "p", "--wandb-tags", "a", "b")
+    training.main(command)
     assert [call for call, _ in wandb.calls] == ["init", "log 1", "finish"]
     start, figures = wandb.calls[0][1], wandb.calls[1][1]
-    assert (start["project"], start["id"], start["tags"], start["config"]["epochs"]) == ("p", "run", ["a", "b"], 1)
+    assert (start["project"], start["name"], start["tags"], start["config"]["epochs"]) == ("p", "run", ["a", "b"], 1)
+    training.main([*command, "--resume", "auto", "--epochs", "2"])
+    training.main([*command, "--overwrite"])
+    assert [values["id"] for call, values in wandb.calls if call == "init"] == [None, "a1b2", None]
     assert math.isfinite(figures["train_loss"])
     assert wandb.calls[-1][1] == {"exit_code": 0}

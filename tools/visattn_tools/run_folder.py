@@ -36,6 +36,7 @@ class RunFolder:
         self.example = path / "example.png"
         self.unreadable = path / "unreadable.txt"
         self.augmentation = path / "augmentation.yaml"
+        self.wandb = path / "wandb.txt"
         self.bad_batch = path / "bad_batch.safetensors"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"

@@ -5,6 +5,7 @@ from typing import Any
 
 from .cli import UserError
 from .config import saved_config
+from .files import write_text
 from .run_folder import RunFolder
 
 
@@ -42,17 +43,18 @@ class Trackers:
         if self.args.log_tensorboard:
             self.writer = self._writer_class(str(folder.path / "tensorboard"))
         if self.args.log_wandb:
-            # The folder is the run: one that is resumed goes on with the same curves.
-            name = folder.path.name
+            # A run that is resumed goes on with its curves.
+            known = folder.wandb.read_text(encoding="utf-8").strip() if folder.wandb.exists() else None
             self.run = self._wandb.init(
                 project=self.args.wandb_project,
-                name=name,
-                id=name,
+                name=folder.path.name,
+                id=known,
                 resume="allow",
                 tags=self.args.wandb_tags,
                 dir=str(folder.path),
                 config=saved_config(self.args),
             )
+            write_text(folder.wandb, f"{self.run.id}\n")
 
     def log(self, row: dict[str, Any]) -> None:
         """Hand on the figures of an epoch."""

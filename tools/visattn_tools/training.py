@@ -52,7 +52,8 @@ def train(args: argparse.Namespace) -> RunFolder:
 
 
 def _train(args: argparse.Namespace, processes: Processes) -> RunFolder:
-    folder = RunFolder.choose(args)
+    # The first one's: a name made of the time may differ by a second.
+    folder = RunFolder(Path(processes.collect(str(RunFolder.choose(args).path))[0]))
     # auto starts afresh where there is nothing to go on with, so that one command serves both in a job script.
     resume = bool(args.resume) and (args.resume != "auto" or folder.resumable)
     data_config = data_config_for(args)
