@@ -4,8 +4,8 @@
 
 A model is ``name[:backend[:mode]]``: a timm name, one of our backends (empty: the automatic choice), and a mode of
 ``torch.compile`` (empty: eager; ``default`` or ``reduce-overhead``, which replays CUDA graphs). bfloat16 autocast,
-channels_last, images of 224 px that lie on the device; a training step is forward, cross-entropy, backward and fused
-AdamW. Medians of ``triton.testing.do_bench``.
+channels_last, images of the model's own size that lie on the device; a training step is forward, cross-entropy,
+backward and fused AdamW. Medians of ``triton.testing.do_bench``.
 """
 
 import argparse
@@ -31,7 +31,8 @@ def measure(spec: str, batch: int) -> dict[str, Any]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = timm.create_model(name).cuda().to(memory_format=torch.channels_last)
-    images = torch.randn(batch, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
+    size = model.pretrained_cfg["input_size"]
+    images = torch.randn(batch, *size, device="cuda").contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, model.num_classes, (batch,), device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     run = torch.compile(model, mode=mode) if mode else model
@@ -47,7 +48,8 @@ def measure(spec: str, batch: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    row: dict[str, Any] = {"model": name, "backend": backend or "auto", "mode": mode or "eager", "batch": batch}
+    row: dict[str, Any] = {"model": name, "backend": backend or "auto", "mode": mode or "eager"}
+    row |= {"size": size[-1], "batch": batch}
     with use_backend(backend or None):
         for label, call in (("inference", infer), ("training", step)):
             model.train(label == "training")
@@ -79,14 +81,14 @@ def main() -> None:
         "timm": timm.__version__,
         "date": datetime.date.today().isoformat(),
     }
-    print(f"{about}\n\n| model | backend | mode | inference, images/s | training, images/s | peak GiB |")
-    print("|---|---|---|---:|---:|---:|")
+    print(f"{about}\n\n| model | px | backend | mode | inference, images/s | training, images/s | peak GiB |")
+    print("|---|---:|---|---|---:|---:|---:|")
     rows = []
     for spec in args.models:
         row = measure(spec, args.batch_size)
         rows.append(row)
         print(
-            f"| `{row['model']}` | {row['backend']} | {row['mode']} | {row['inference_images_per_s']:,.0f} "
+            f"| `{row['model']}` | {row['size']} | {row['backend']} | {row['mode']} | {row['inference_images_per_s']:,.0f} "
             f"| {row['training_images_per_s']:,.0f} "
             f"| {row['inference_peak_gib']:.1f} / {row['training_peak_gib']:.1f} |",
             flush=True,
