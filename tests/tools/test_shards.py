@@ -50,6 +50,16 @@ def test_shards_hold_the_images(image_folder: Path, tmp_path: Path) -> None:
     assert [number for _, _, number in _content(target, again)] != order
 
 
+def test_nothing_is_left_of_an_earlier_run(image_folder: Path, tmp_path: Path) -> None:
+    target, source = tmp_path / "shards", image_folder / "train"
+    many = _make(source, target, "--shard-megabytes", 0.01)["splits"]["train"]["filenames"]
+    (target / ".train-000000.123.tar").write_text("half a shard")
+    (target / "train-000000.txt").write_text("of somebody else")
+    few = _make(source, target)["splits"]["train"]["filenames"]
+    assert len(few) < len(many)
+    assert sorted(path.name for path in target.iterdir()) == sorted([*few, "_info.json", "train-000000.txt"])
+
+
 def test_both_splits_are_trained_on(image_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     target = tmp_path / "shards"

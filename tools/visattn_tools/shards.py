@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Folder(args.source, read_class_map(Path(args.class_map)) if args.class_map else None)
     info = _read_info(args.target)
     args.target.mkdir(exist_ok=True)
+    for path in args.target.glob(f".{args.split}-*.tar"):  # half a shard of a run that was killed
+        path.unlink()
     plan = _plan(folder, args)
     classes = len(folder.class_names)
     print(f"{len(folder)} images of {classes} classes to {len(plan)} shards in {args.target}", flush=True)
@@ -77,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     info.setdefault("splits", {})[args.split] = split
     info["class_names"] = folder.class_names
     write_text(args.target / "_info.json", json.dumps(info, indent=1) + "\n")
+    for path in args.target.glob(f"{args.split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
+        if path.name not in names:  # of an earlier run with more shards
+            path.unlink()
     print(
         f"wrote {len(plan)} shards of {sum(lengths)} images; to use them: python tools/train.py --dataset wds/ "
         f"--data-dir {args.target} --num-classes {classes} --train-split {args.split}"
