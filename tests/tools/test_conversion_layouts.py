@@ -49,6 +49,21 @@ def test_every_key_of_a_published_layout(layout: str, tmp_path: Path, capsys: py
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
+def test_a_backbone_without_the_norm_of_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As Florence-2's image towers are published; with classes to be had the same file is refused."""
+    whole = small("test_nat").state_dict()
+    state = {key: value for key, value in whole.items() if not key.startswith(("norm.", "head."))}
+    source, target = tmp_path / "official.pth", tmp_path / "ours.safetensors"
+    torch.save(state, source)
+    conversion.main([str(source), str(target), "--model", "test_nat", "--num-classes", "0"])
+    assert "not in the file, so with their first values: norm.weight, norm.bias\n" in capsys.readouterr().out
+    model, info = load_model(target)
+    assert info.num_classes == 0
+    assert model.norm.weight.eq(1).all()
+    with pytest.raises(UserError, match=r"does not fit test_nat with 7 classes: .* missing"):
+        conversion.main([str(source), str(target), "--model", "test_nat", "--num-classes", "7"])
+
+
 def test_parts_that_a_file_does_not_have(tmp_path: Path) -> None:
     """DeiT has no predictor of the tokens to keep: a file of ours would be without, so none is written."""
     source = tmp_path / "deit.pth"

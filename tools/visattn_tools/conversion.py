@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
-from visattn.models._builder import training_arguments_allowed
+from visattn.models._builder import NEW_PARTS, training_arguments_allowed
 
 from .checkpoint import ModelInfo, mismatch, save_weights
 from .cli import Parser, UserError, number
@@ -175,7 +175,8 @@ def ema_key(payload: Any, path: Path) -> str:
 def convert(weights: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """`weights` under the names of `model`, by the ``checkpoint_filter_fn`` of the module that defines it.
 
-    Wrappers' prefixes are removed only if the weights do not fit with them.
+    Wrappers' prefixes are removed only if the weights do not fit with them. A backbone's norms that its authors do not
+    publish get their first values, which is said.
     """
     module = sys.modules[type(model).__module__]
     filter_fn = getattr(module, "checkpoint_filter_fn", None) or (lambda state_dict, model: state_dict)
@@ -187,7 +188,18 @@ def convert(weights: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
         if any(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
             converted = _filtered(filter_fn, weights, model)
-    return converted if wanted & converted.keys() else first
+    converted = converted if wanted & converted.keys() else first
+    return converted | _first_values(converted, model)
+
+
+def _first_values(converted: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """What files of backbones do not have and a backbone of ours does: norms of a classifier or of dense prediction."""
+    if model.num_classes or not converted or type(model).__module__.split(".")[0] != "visattn":
+        return {}
+    values = {k: v for k, v in model.state_dict().items() if k not in converted and k.startswith(NEW_PARTS)}
+    if values:
+        print(f"not in the file, so with their first values: {', '.join(values)}")
+    return values
 
 
 def _filtered(filter_fn: Any, weights: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
