@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from goldens.golden import load_case, reference_state_dict
 from models.test_nat_checkpoints import LAYOUTS, small
+from models.test_van import LAYOUTS as VAN_LAYOUTS
+from models.test_van import TINY
 from visattn_tools import conversion
 from visattn_tools.checkpoint import load_model
 from visattn_tools.cli import UserError
@@ -62,6 +65,17 @@ def test_a_backbone_without_the_norm_of_a_classifier(tmp_path: Path, capsys: pyt
     assert model.norm.weight.eq(1).all()
     with pytest.raises(UserError, match=r"does not fit test_nat with 7 classes: .* missing"):
         conversion.main([str(source), str(target), "--model", "test_nat", "--num-classes", "7"])
+
+
+def test_a_van_without_classifier_keeps_the_eps_of_its_norms(tmp_path: Path) -> None:
+    source, target = tmp_path / "official.pth", tmp_path / "ours.safetensors"
+    official = reference_state_dict(load_case(Path(__file__).parents[1] / "goldens" / "van" / "tiny_64.json"))
+    settings = [f"{key}={value!r}" for key, value in TINY.items() if key != "num_classes"]
+    for layout, classes, eps in (("hugging_face_base", 0, 1e-5), ("hugging_face", len(official["head.bias"]), 1e-6)):
+        torch.save(VAN_LAYOUTS[layout](official), source)
+        words = [str(source), str(target), "--model", "test_van", "--num-classes", str(classes)]
+        conversion.main([*words, "--model-kwargs", *settings])
+        assert load_model(target)[0].get_submodule("stages.0.norm").eps == eps
 
 
 def test_parts_that_a_file_does_not_have(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 from visattn.models._builder import NEW_PARTS, training_arguments_allowed
+from visattn.models.van import CLASSIFICATION_EPS, VAN
 
 from .checkpoint import ModelInfo, mismatch, save_weights
 from .cli import Parser, UserError, number
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     info = ModelInfo(
         args.model,
         num_classes,
-        args.model_kwargs,
+        settled_arguments(model, args.model_kwargs),
         data_config=timm.data.resolve_model_data_config(model),
         source={"file": args.source.name, "sha256": digest},
     )
@@ -190,6 +191,14 @@ def convert(weights: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
             converted = _filtered(filter_fn, weights, model)
     converted = converted if wanted & converted.keys() else first
     return converted | _first_values(converted, model)
+
+
+def settled_arguments(model: nn.Module, model_args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with which `model` is to be built again: a VAN's eps of norms follows from the weights it got."""
+    if isinstance(model, VAN) and model.follow_weights_eps:
+        eps = model.get_submodule("stages.0.norm").eps
+        return model_args if eps == CLASSIFICATION_EPS else {**model_args, "norm_eps": eps}
+    return model_args
 
 
 def _first_values(converted: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .checkpoint import ModelInfo, described, load_model, load_newest_state, mismatch, read_header
 from .cli import UserError
 from .config import check_model_name
-from .conversion import convert, create, ema_key, read_payload, select_weights
+from .conversion import convert, create, ema_key, read_payload, select_weights, settled_arguments
 from .run_folder import RunFolder
 
 Weights = dict[str, Tensor]
@@ -55,7 +55,8 @@ def read_weights(
     key = ema_key(payload, path) if use_ema else None
     model: Any = create(name, num_classes, model_args or {})
     weights = convert(select_weights(payload, key, path), model)
-    info = ModelInfo(name, model.num_classes, model_args or {}, [], resolve_model_data_config(model))
+    settled = settled_arguments(model, model_args or {})
+    info = ModelInfo(name, model.num_classes, settled, [], resolve_model_data_config(model))
     problem = mismatch({name: tuple(value.shape) for name, value in weights.items()}, model)
     if problem:
         raise UserError(f"{path} does not fit {name} with {info.num_classes} classes: {problem}")
