@@ -37,13 +37,13 @@ def test_frozen_then_unfrozen(flags: Flags, tmp_path: Path) -> None:
     first = _train(flags("first", *more, "--epochs", 1))
     moved = {key for key in first if not torch.equal(first[key], frozen[key])}
     assert moved == {"classifier.weight", "classifier.bias"}
-    last = _train(flags("straight", *more, "--sched", "constant"))
+    last = _train(flags("straight", *more, "--sched", "step"))
     assert all(not torch.equal(frozen[key], last[key]) for key in last if key.endswith(("conv.weight", "running_var")))
     for step in (5, 8):
         name = f"broken{step}"
         more += ["--checkpoint-minutes", 0]
-        assert killed(flags(name, *more, "--sched", "constant"), step, "step")
-        training.main(flags(name, *more, "--sched", "constant", "--resume", "auto"))
+        assert killed(flags(name, *more, "--sched", "step"), step, "step")
+        training.main(flags(name, *more, "--sched", "step", "--resume", "auto"))
         assert_same_run(tmp_path / f"runs/{name}", tmp_path / "runs/straight")
 
 

@@ -58,6 +58,8 @@ class DistillationObjective(Objective):
         else:
             self.task = LogitDistillationTask(**options, temperature=args.kd_temperature)
         self.task.to(device)
+        if not hasattr(self.task, "trainable_module"):
+            raise UserError(f"--kd-model-name needs timm 1.0.31, not {timm.__version__}, whose tasks work otherwise")
         self._module: nn.Module = self.task.trainable_module  # the student, or it with the linear layer
         own_mean, own_std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in student_norm)
         teacher_part: Any = self.task.teacher

@@ -252,7 +252,7 @@ def open_timm(args: argparse.Namespace, class_names: list[str] | None, train: bo
     names = names or [str(number) for number in range(args.num_classes)]
     if not stream:
         return Indexed(dataset, f"{args.dataset}:{split}", names)
-    dataset.set_loader_cfg(num_workers=workers)
+    dataset.set_loader_cfg(num_workers=max(1, workers))  # without workers this process reads
     if not len(dataset):
         flag = "train" if train else "val"
         raise UserError(f"{where} does not say how many images there are: give --{flag}-num-samples")
