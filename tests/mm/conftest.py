@@ -17,11 +17,11 @@ if OPERATORS:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 12 training and 3 held-out images of shapes, in both layouts."""
+    """A folder with 8 training and 2 held-out images of shapes, in both layouts."""
     from visattn_tools.shapes import main
 
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    main([str(folder), "--train", "12", "--val", "3", "--seed", "5"])
+    main([str(folder), "--train", "8", "--val", "2", "--seed", "5"])
     return folder
 
 
