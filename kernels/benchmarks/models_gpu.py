@@ -88,8 +88,8 @@ def main() -> None:
         row = measure(spec, args.batch_size)
         rows.append(row)
         print(
-            f"| `{row['model']}` | {row['size']} | {row['backend']} | {row['mode']} | {row['inference_images_per_s']:,.0f} "
-            f"| {row['training_images_per_s']:,.0f} "
+            f"| `{row['model']}` | {row['size']} | {row['backend']} | {row['mode']} "
+            f"| {row['inference_images_per_s']:,.0f} | {row['training_images_per_s']:,.0f} "
             f"| {row['inference_peak_gib']:.1f} / {row['training_peak_gib']:.1f} |",
             flush=True,
         )
