@@ -4,7 +4,7 @@ import io
 import sys
 
 import pytest
-from visattn_tools.progress import Progress, duration
+from visattn_tools.progress import Progress, duration, pace
 
 
 class Terminal(io.StringIO):
@@ -20,6 +20,10 @@ def _draw(monkeypatch: pytest.MonkeyPatch, output: io.StringIO) -> str:
         progress.advance(50)
         progress.draw(loss="0.500")
     return output.getvalue()
+
+
+def test_slow_work_has_a_pace() -> None:
+    assert [pace(rate) for rate in (1234.4, 3.2, 0.25)] == ["1234", "3", "0.25"]
 
 
 def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

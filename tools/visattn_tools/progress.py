@@ -12,6 +12,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def pace(rate: float) -> str:
+    """``1234``, or ``0.25`` of what is slow."""
+    return f"{rate:.0f}" if rate >= 3 else f"{rate:.2f}"
+
+
 class Progress:
     """Progress of `total` items.
 
@@ -64,7 +69,7 @@ class Progress:
         self.last = time.monotonic()
         share = min(self.done / max(self.total, 1), 1.0)
         left = duration(self.elapsed * (1 - share) / share) if share else "?"
-        parts = [f"{self.done}/{self.total} {self.unit}", f"{self.rate:.0f}/s"]
+        parts = [f"{self.done}/{self.total} {self.unit}", f"{pace(self.rate)}/s"]
         parts += [f"{name} {value}" for name, value in figures.items()] + [f"{left} left"]
         if not self.terminal:
             print(f"{self.label}  {'  '.join(parts)}", flush=True)

@@ -27,7 +27,7 @@ from .files import previous_name, write_text
 from .measuring import hardware
 from .model_setup import create_model, data_config_for
 from .processes import Processes, StopSignals
-from .progress import duration
+from .progress import duration, pace
 from .resume import resumable_state, versions
 from .run_folder import RunFolder
 from .trackers import Trackers
@@ -211,7 +211,7 @@ class _Run:
         print(
             f"epoch {engine.epoch:>{len(str(engine.epochs))}}/{engine.epochs}  train loss {loss:.3f}  "
             f"held-out loss {result.loss:.3f}  top-1 {result.top1:5.2f} %  lr {row['lr']:.1e}  "
-            f"{rate:.0f} images/s  {waited / seconds:.0%} data wait  "
+            f"{pace(rate)} images/s  {waited / seconds:.0%} data wait  "
             f"{duration(seconds)}{'  best' if best else ''}",
             flush=True,
         )
