@@ -13,7 +13,7 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors.torch import save_file
 from torch import Tensor
-from visattn_tools.mm.shims import load_checkpoint
+from visattn_tools.mm.shims import load_from_file
 
 OFFICIAL_VAN = Path(__file__).parents[1] / "goldens/van/keys_van_b0.json"
 
@@ -190,13 +190,13 @@ def test_mmengines_own_checkpoints_load_safely(tmp_path: Path) -> None:
     torch.save({"state_dict": {"w": torch.ones(2)}, "message_hub": hub, "meta": {"iter": 8}}, path)
     with pytest.raises(Exception, match="HistoryBuffer"):
         torch.load(path, weights_only=True)
-    for checkpoint in (load_checkpoint(str(path)), CheckpointLoader.load_checkpoint(str(path), map_location="cpu")):
+    for checkpoint in (load_from_file(str(path)), CheckpointLoader.load_checkpoint(str(path), map_location="cpu")):
         loaded = checkpoint["message_hub"]["log_scalars"]["train/loss"]
         assert loaded.data[0].tolist() == [1.0, 0.5, 0.25]
         assert loaded.statistics("min") == 0.25
         assert torch.equal(checkpoint["state_dict"]["w"], torch.ones(2))
     with pytest.raises(FileNotFoundError, match=r"nothing.pth: no such file"):
-        load_checkpoint(str(tmp_path / "nothing.pth"))
+        load_from_file(str(tmp_path / "nothing.pth"))
 
 
 def test_a_checkpoint_may_not_ask_for_other_attributes(tmp_path: Path) -> None:
@@ -207,4 +207,4 @@ def test_a_checkpoint_may_not_ask_for_other_attributes(tmp_path: Path) -> None:
     path = tmp_path / "reach.pth"
     torch.save({"x": Reach()}, path)
     with pytest.raises(ValueError, match=r"may not ask for '__init__'"):
-        load_checkpoint(str(path))
+        load_from_file(str(path))

@@ -30,7 +30,7 @@ def _history_types() -> list[Any]:
     return types + [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")]
 
 
-def load_checkpoint(path: str, map_location: Any = None) -> dict[str, Any]:
+def load_from_file(path: str, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint of mmengine's, or of a model zoo, without running code from it.
 
     Raises:
@@ -56,11 +56,12 @@ def _blocked(file: Path) -> str:
         return ""
 
 
-def _load_from_url(url: str, map_location: Any = None) -> dict[str, Any]:
+def load_from_url(url: str, map_location: Any = None) -> dict[str, Any]:
+    """The same from a server."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.pth"
         torch.hub.download_url_to_file(url, str(path), progress=False)
-        return load_checkpoint(str(path), map_location)
+        return load_from_file(str(path), map_location)
 
 
 def mend_checkpoint_loading() -> None:
@@ -68,8 +69,8 @@ def mend_checkpoint_loading() -> None:
 
     mmengine 0.10 leaves ``weights_only`` to torch, whose default became True in 2.6, and cannot read its own files.
     """
-    CheckpointLoader.register_scheme(prefixes="", loader=load_checkpoint, force=True)
-    CheckpointLoader.register_scheme(prefixes=("http://", "https://"), loader=_load_from_url, force=True)
+    CheckpointLoader.register_scheme(prefixes="", loader=load_from_file, force=True)
+    CheckpointLoader.register_scheme(prefixes=("http://", "https://"), loader=load_from_url, force=True)
 
 
 @functools.cache
