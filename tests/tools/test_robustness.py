@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from visattn_tools import engine, training
@@ -43,6 +44,17 @@ def test_unreadable_images_are_replaced_and_listed(
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [event["images"] for event in events if event["event"] == "unreadable"] == [[str(path) for path in spoiled]]
     assert len(load_state(folder / "checkpoints/state.pt")["unreadable"]) == 2
+
+
+def test_half_a_jpeg(flags: Flags, image_folder: Path) -> None:
+    path = image_folder / "train" / "blue" / "9.jpg"
+    Image.effect_noise((64, 64), 90).convert("RGB").save(path)
+    assert len(open_data(parse_train_args(flags("x")), (3, 32, 32)).train) == 19
+    path.write_bytes(path.read_bytes()[:1000])
+    images = open_data(parse_train_args(flags("x")), (3, 32, 32)).train
+    index = [images.source.name(i) for i in range(19)].index(str(path))  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"cannot read the image .*blue/9\.jpg: "):
+        images[index]  # type: ignore[index]
 
 
 def test_the_replacement_is_the_next_readable_image(flags: Flags, spoiled: list[Path]) -> None:
