@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from visattn_tools import engine, training
 from visattn_tools.checkpoint import load_state
 
+from runs import exit_codes
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 Flags = Callable[..., list[str]]
 SHORT = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "4", "--device", "cuda", "--clip-grad", "1"]
@@ -40,3 +42,16 @@ def test_an_update_with_a_bad_loss_is_left_out(flags: Flags, tmp_path: Path, mon
     state = load_state(tmp_path / "runs/run/checkpoints/state.pt")
     assert (state["bad_batches"], state["updates"]) == (1, 8)
     assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("more", [[], ["--fsdp"], ["--sync-bn", "--model", "test_resnet"]], ids=["ddp", "fsdp", "sync"])
+def test_two_gpus(flags: Flags, tmp_path: Path, more: list[str]) -> None:
+    """As one with twice the batch; batch norms see the whole batch only with --sync-bn, so the model has none else."""
+    plain = ["--model", "test_vit", "--model-kwargs", "img_size=32"] if "--model" not in more else []
+    common = [*SHORT, *plain, "--opt", "sgd", "--lr", "0.05", *(flag for flag in more if flag != "--fsdp")]
+    training.main(flags("one", *common, "--batch-size", 6))
+    two = ["--batch-size", 3, *(["--fsdp"] if "--fsdp" in more else [])]
+    assert exit_codes(flags("two", *common, *two), processes=2) == [0, 0]
+    one, other = (load_file(tmp_path / f"runs/{name}/checkpoints/last.safetensors") for name in ("one", "two"))
+    assert max(float((one[key] - other[key]).abs().max()) for key in one if one[key].is_floating_point()) < 1e-3
