@@ -1,5 +1,5 @@
 # AdamW from random weights; the learning rate falls as a cosine.
-max_epochs = 20
+max_epochs = 14
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=2)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
