@@ -206,6 +206,20 @@ def test_what_cannot_be_opened(
         open_data(parse_train_args(flags("x", "--dataset", name, "--data-dir", shards)), (3, 32, 32))
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--train-num-samples", "5"], r"--train-num-samples is for --dataset synthetic, wds/, hfids/; it is folder"),
+        (["--target-key", "label"], r"--target-key is for --dataset hfds/, wds/, hfids/; it is folder"),
+        (["--dataset", "wds/", "--aug-repeats", "3"], r"--aug-repeats is for --dataset folder, digits, .*; it is wds/"),
+        (["--dataset", "digits", "--dataset-download"], r"--dataset-download is for --dataset torch/; it is digits"),
+    ],
+)
+def test_flags_of_other_data(flags: Flags, more: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_train_args(flags("x", *more))
+
+
 def test_streams_that_do_not_say_enough(flags: Flags, shards: Path) -> None:
     pytest.importorskip("webdataset")
     command = _wds(flags, shards, "x")

@@ -15,6 +15,15 @@ from .cli import UserError, nearest
 DATASETS = ("folder", "digits", "synthetic")
 INDEXED, STREAMED = ("torch/", "hfds/"), ("wds/", "hfids/")
 TIMM_DATASETS = ", ".join(f"{prefix}NAME" for prefix in (*INDEXED, "hfids/")) + ", wds/"
+_ONLY = {
+    "train_num_samples": ("synthetic", *STREAMED),
+    "val_num_samples": ("synthetic", *STREAMED),
+    "input_key": ("hfds/", *STREAMED),
+    "target_key": ("hfds/", *STREAMED),
+    "dataset_download": ("torch/",),
+    "aug_repeats": (*DATASETS, *INDEXED),
+}
+"""Flags that not all data can follow, and which can."""
 _PACKAGES = {"wds/": "webdataset", "hfds/": "datasets", "hfids/": "datasets"}
 
 
@@ -220,6 +229,9 @@ def check_dataset(args: argparse.Namespace) -> None:
         )
     if not args.data_dir and name.startswith(("folder", "wds/", "torch/")):
         raise UserError("--data-dir is missing; give the folder of the images, or --dataset digits")
+    for flag, kinds in _ONLY.items():
+        if getattr(args, flag, None) and not name.startswith(kinds):  # not all commands have all flags
+            raise UserError(f"--{flag.replace('_', '-')} is for --dataset {', '.join(kinds)}; it is {name}")
 
 
 def open_timm(args: argparse.Namespace, class_names: list[str] | None, train: bool, workers: int) -> Indexed | Streamed:
