@@ -14,10 +14,10 @@ from mmengine.registry import HOOKS
 class ThroughputHook(Hook):
     """Logs training images per second, of all processes together, beside the losses.
 
-    Measured over windows of iterations, with waiting for data, validation left out.
+    Measured over windows of iterations, with waiting for data; validation and the saving of checkpoints are left out.
 
     Args:
-        interval: Iterations per measurement.
+        interval: Iterations per measurement, which may span epochs.
         warmup: First iterations, in which kernels are chosen and compiled, left out.
     """
 
@@ -26,28 +26,34 @@ class ThroughputHook(Hook):
             raise ValueError(f"interval={interval} must be at least 1 and warmup={warmup} at least 0")
         self.interval = interval
         self.warmup = warmup
-        self._restart()
-
-    def _restart(self) -> None:
-        self.images = self.iterations = 0
-        self.start: float | None = None
 
     def before_train(self, runner: Any) -> None:
         """Start anew."""
         self.seen = 0
+        self._open_window()
 
-    def before_train_epoch(self, runner: Any) -> None:
-        """Start a window."""
-        self._restart()
+    def _open_window(self) -> None:
+        self.images = self.iterations = 0
+        self.seconds = 0.0
+        self.start: float | None = None
 
-    def after_val(self, runner: Any) -> None:
-        """Start a window: validation in the middle of an iteration-based run is no training."""
-        self._restart()
+    def _pause(self) -> None:
+        if self.start is not None:
+            self.seconds += self._now() - self.start
+            self.start = None
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Stop the clock."""
+        self._pause()
+
+    def before_val(self, runner: Any) -> None:
+        """Stop the clock: an iteration-based run validates between two iterations."""
+        self._pause()
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        """Count a batch; at the end of a window report and start the next."""
+        """Count a batch, or start the clock; at the end of a window report."""
         self.seen += 1
         if self.seen <= self.warmup:
             return
@@ -57,9 +63,10 @@ class ThroughputHook(Hook):
         self.images += _batch_size(data_batch)
         self.iterations += 1
         if self.iterations == self.interval:
-            rate = self.images * get_world_size() / (self._now() - self.start)
+            self._pause()
+            rate = self.images * get_world_size() / self.seconds
             runner.message_hub.update_scalar("train/images_per_second", rate)
-            self._restart()
+            self._open_window()
             self.start = self._now()
 
     @staticmethod
