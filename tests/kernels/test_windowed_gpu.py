@@ -56,15 +56,15 @@ def window(dtype):
     return call, [*qkv, *pads]
 
 
-def halo(dtype, dim=16, **options):
+def halo(dtype, dim=16, size=3, **options):
     """HaloNet's, with blocks past the border."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 60, 50, 4, dim, device="cuda").to(dtype)
     q = q[:, :: options.get("stride", 1), :: options.get("stride", 1)]
-    tables = 0.2 * torch.randn(2, 27, dim, device="cuda").to(dtype)
+    tables = 0.2 * torch.randn(2, 15 + 4 * size, dim, device="cuda").to(dtype)
 
     def call(backend, q, k, v, height, width):
-        return vk.halo_attention(q, k, v, height, width, 8, 3, backend=backend, **options)
+        return vk.halo_attention(q, k, v, height, width, 8, size, backend=backend, **options)
 
     return call, [q, k, v, *tables]
 
@@ -73,6 +73,7 @@ CALLS = {
     **{name: lambda dtype, name=name: neighborhood(name, dtype) for name in NEIGHBORHOODS},
     "window": window,
     "halo": halo,
+    "halo of two": lambda dtype: halo(dtype, 32, 2),  # whose rows of position terms look aligned to Triton
     "halo, wide heads": lambda dtype: halo(dtype, 64),
     "halo, strided, masked": lambda dtype: halo(dtype, stride=2, mask_outside=True),
 }

@@ -27,6 +27,7 @@ from .triton_fwd import (
     shared_constants,
     strides_of,
     three_axes,
+    unaligned,
 )
 from .triton_tiling import Windows, key_tiling, query_tiling
 
@@ -91,8 +92,8 @@ def na_bwd_dq_kernel(
     entry_m = ((p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1) * (2 * K2 - 1) + p2 - K2 + 1
     table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
     # Where the position terms of a query start, from the first row and the first column of its window on.
-    row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * (p1 % S1)
-    column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * (p2 % S2)
+    row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * unaligned(p1 % S1)
+    column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * unaligned(p2 % S2)
 
     k_base, v_base = k + b * k_b + kv_head * k_h, v + b * v_b + kv_head * v_h
     ROWS: tl.constexpr = BLOCK_N // COLUMNS

@@ -71,6 +71,16 @@ def axis_of_tile(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K
 
 
 @triton.jit
+def unaligned(x):
+    """`x` (below 2^24), of whose alignment the compiler knows nothing.
+
+    Triton takes a number minus a range of consecutive ones to be as aligned as the range's first, and reads pairs
+    across their bounds.
+    """
+    return tl.cast(tl.cast(x, tl.float32), tl.int32)
+
+
+@triton.jit
 def rows_of_box(i, start0, start1, w1, rows, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Step `i` of ROWS rows over the rows of a box: their positions on the first two axes, and whether there is such a
     row. With one row per step these are scalars. `DEEP`: the first axis has more than one token."""
@@ -159,8 +169,8 @@ def na_fwd_kernel(
     entry_m = ((p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1) * (2 * K2 - 1) + p2 - K2 + 1
     table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
     # Where the position terms of a query start, from the first row and the first column of its window on.
-    row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * (p1 % S1)
-    column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * (p2 % S2)
+    row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * unaligned(p1 % S1)
+    column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * unaligned(p2 % S2)
 
     k_base, v_base = k + b * k_b + kv_head * k_h, v + b * v_b + kv_head * v_h
     ROWS: tl.constexpr = BLOCK_N // COLUMNS
