@@ -336,3 +336,9 @@ def test_autocast_keeps_messages_in_float32():
 def test_bad_input(run, message):
     with pytest.raises(ValueError, match=message):
         run()
+
+
+def test_what_an_entry_point_sets_can_be_overridden():
+    with torch.device("meta"):
+        model = timm.create_model("dependencyvit_lite_s", embed_dim=192, num_heads=3)
+    assert model.num_features == 192

@@ -462,7 +462,8 @@ def dependencyvit_lite_t(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def dependencyvit_lite_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DependencyViT-Lite-S, 36 % of the tokens at the end: 22.99 M parameters, 3.16 GMACs. No weights published."""
-    return _create_dependencyvit("dependencyvit_lite_s", pretrained, **dict(_LITE, embed_dim=384, **kwargs))
+    args = dict(_LITE, embed_dim=384)
+    return _create_dependencyvit("dependencyvit_lite_s", pretrained, **dict(args, **kwargs))
 
 
 @register_model
