@@ -2,6 +2,9 @@
 # tools/quickstart_mm.sh trains.
 #
 # Command:   python tools/mm_train.py configs/detection/shapes/mask-rcnn_biformer-mini_fpn_shapes.py
+# Time:      11 minutes with one thread on a CPU that others used too, validation included (8.5 minutes of CPU time).
+# Accuracy:  box AP50 0.69, box AP 0.55, mask AP 0.53 of the 50 held-out images after the last of 14 epochs; one run,
+#            torch 2.14.1, seed left to chance. An earlier run on 200 instead of 300 images ended at a box AP50 of 0.61.
 _base_ = ["../_base_/mask-rcnn.py", "../_base_/shapes.py", "../_base_/schedule_shapes.py", "../_base_/runtime.py"]
 model = dict(
     backbone=dict(model_name="biformer_mini", output_norms=True),
