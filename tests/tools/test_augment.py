@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from runs import LIVELY, assert_same_run, killed
 from timm.data import auto_augment
 from visattn_tools import training
 from visattn_tools.augment import Albumentations, train_transform
@@ -17,8 +18,6 @@ from visattn_tools.config import parse_train_args
 from visattn_tools.data import open_data, seeded
 from visattn_tools.loaders import EpochSampler, TrainLoader
 from visattn_tools.processes import Processes
-
-from runs import LIVELY, assert_same_run, killed
 
 Flags = Callable[..., list[str]]
 ROOT = Path(__file__).parents[2]

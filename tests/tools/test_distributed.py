@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from runs import LIVELY, assert_same_run, exit_codes
 from safetensors.torch import load_file, save_file
 from visattn_tools import training
 from visattn_tools.checkpoint import load_state
 from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
-
-from runs import LIVELY, assert_same_run, exit_codes
 
 Flags = Callable[..., list[str]]
 ROOT = Path(__file__).parents[2]

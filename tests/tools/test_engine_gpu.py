@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import exit_codes
 from safetensors.torch import load_file
 from visattn_tools import engine, training
 from visattn_tools.checkpoint import load_state
-
-from runs import exit_codes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 Flags = Callable[..., list[str]]

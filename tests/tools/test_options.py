@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from runs import assert_same_run, killed
 from safetensors.torch import load_file, save_file
 from torch import nn
 from visattn_tools import training
@@ -19,8 +20,6 @@ from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
 from visattn_tools.distillation import DistillationObjective
 from visattn_tools.model_setup import create_model
-
-from runs import assert_same_run, killed
 
 Flags = Callable[..., list[str]]
 SHORT = ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", "6"]

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import LIVELY, assert_same_run, killed
 from visattn_tools import engine, training
 from visattn_tools.checkpoint import load_newest_state, load_state, read_header, save_state
 from visattn_tools.cli import Interrupted, UserError
 from visattn_tools.files import previous_name
-
-from runs import LIVELY, assert_same_run, killed
 
 Flags = Callable[..., list[str]]
 

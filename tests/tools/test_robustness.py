@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from runs import assert_same_run, exit_codes
 from safetensors import safe_open
 from safetensors.torch import load_file
 from visattn_tools import engine, training
@@ -16,8 +17,6 @@ from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
 from visattn_tools.data import open_data
 from visattn_tools.run_folder import RunFolder
-
-from runs import assert_same_run, exit_codes
 
 Flags = Callable[..., list[str]]
 SHORT = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "4"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import assert_same_run, exit_codes
 from visattn_tools import engine, training
 from visattn_tools.checkpoint import load_state, read_header
 from visattn_tools.cli import Interrupted, UserError
@@ -19,8 +20,6 @@ from visattn_tools.config import parse_train_args
 from visattn_tools.data import open_data
 from visattn_tools.loaders import TrainLoader
 from visattn_tools.processes import Processes
-
-from runs import assert_same_run, exit_codes
 
 Flags = Callable[..., list[str]]
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "crop_mode": "center"}
