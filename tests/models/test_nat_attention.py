@@ -84,5 +84,5 @@ def test_bad_layer_settings(change, message):
 
 
 def test_map_of_another_rank():
-    with pytest.raises(ValueError, match=r"kernel_size=\[7, 7\] has 2 entries, but q has 1 axes"):
+    with pytest.raises(ValueError, match=r"kernel_size=\(7, 7\) has 2 entries, but q has 1 axes"):
         NeighborhoodAttention(16, 2)(torch.zeros(2, 9, 16))
