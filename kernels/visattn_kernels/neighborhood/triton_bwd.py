@@ -205,9 +205,7 @@ def plan(
          *factors),
         {"HAS_GRAD_LSE": grad_lse} | shared | way.constants(), way.warps, way.stages,
     )  # fmt: skip
-    keys = key_tiling(
-        tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, pad is not None, rel is not None
-    )
+    keys = key_tiling(tuple(grid), windows, max(dim, dim_v), q[2].itemsize, pad is not None, rel is not None)
     dkv = Launch(
         na_bwd_dkv_kernel, B * keys.programs * kv_heads,
         (*strides, *maps, *keys.counts, *keys.tiles, heads, heads // kv_heads, *factors),

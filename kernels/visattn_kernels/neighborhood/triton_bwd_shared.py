@@ -118,7 +118,7 @@ def na_bwd_pairs_kernel(
             dp = tl.dot(grads, tl.trans(rows_v), input_precision=PRECISION)
             acc += tl.exp2(s * scale_log2 + biases - row_lse[:, None]) * (dp - row_delta[:, None])
         slot_n = (t0 * K1 + t1) * K2 + t2
-        slots = (query * (K0 * K1 * K2) - slot_m)[:, None] + slot_n[None, :]
+        slots = ((zero + query) * (K0 * K1 * K2) - slot_m)[:, None] + slot_n[None, :]
         tl.store(sums + slots, acc, mask=seen)
 
 

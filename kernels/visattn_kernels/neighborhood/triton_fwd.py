@@ -276,8 +276,7 @@ def shared_constants(
         **constants, "CLAMPED": windows.clamped, "MASK_OUTSIDE": windows.mask_outside, "REL_STEP": windows.rel_step,
         "REL_WIDTH": 0 if rel is None else rel[0][-1], "HAS_BIAS": bias is not None, "HAS_EXTRA": extra is not None,
         "HAS_PAD": pad is not None, "HAS_REL": rel is not None, "DIM": dim, "DIM_V": dim_v,
-        "BLOCK_D": power_of_2(dim), "BLOCK_DV": power_of_2(dim_v),
-        "PRECISION": precision,
+        "BLOCK_D": power_of_2(dim), "BLOCK_DV": power_of_2(dim_v), "PRECISION": precision,
     }  # fmt: skip
 
 

@@ -208,9 +208,7 @@ def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
 
 
 @functools.lru_cache(4096)
-def key_tiling(
-    q_grid: Triple, grid: Triple, windows: Windows, dim: int, itemsize: int, padded: bool, rel: bool = False
-) -> Tiling:
+def key_tiling(grid: Triple, windows: Windows, dim: int, itemsize: int, padded: bool, rel: bool = False) -> Tiling:
     """Boxes of keys with the least work. With `padded` they cover the keys outside the map too."""
     wide, exact = dim > 64, itemsize == 4
     most, step, warps = (64, 32, 8) if wide and not exact else (32, 16 if exact else 32, 2 if exact else 1)
