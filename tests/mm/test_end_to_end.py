@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from visattn_tools.mm.demo import main_demo
 from visattn_tools.mm.running import main_test, main_train
+from visattn_tools.mm.shims import load_from_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +78,7 @@ def test_train_resume_test_and_draw(name: str, shapes: Path, tmp_path: Path) -> 
     losses = [entry["loss"] for entry in _scalars(tmp_path / "run") if "loss" in entry]
     assert len(losses) == 4
     assert np.isfinite(losses).all()
-    before = torch.load(tmp_path / "run" / first, weights_only=False, mmap=True)
+    before = load_from_file(str(tmp_path / "run" / first))
 
     main_train([config, *where, "--resume", *_options(case, shapes, rounds=2)])
     log = _scalars(tmp_path / "run")
@@ -85,7 +86,7 @@ def test_train_resume_test_and_draw(name: str, shapes: Path, tmp_path: Path) -> 
     assert len(losses) == 8, "the second run goes on where the first stopped"
     assert np.isfinite(losses).all()
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
-    after = torch.load(tmp_path / "run" / second, weights_only=False, mmap=True)
+    after = load_from_file(str(tmp_path / "run" / second))
     assert after["meta"]["iter"] == 2 * before["meta"]["iter"] == 8
 
     changed = {k for k, v in after["state_dict"].items() if not torch.equal(v, before["state_dict"][k])}
