@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,24 +28,27 @@ NOISE = 1e-6
 """Relative error that no precision is asked to stay under."""
 
 
-def compare(case: Case, cotangent: torch.Tensor) -> dict[str, str]:
+Function = Callable[..., torch.Tensor]
+
+
+def compare(case: Case, peers: dict[str, Function], cotangent: torch.Tensor) -> dict[str, str]:
     """Peers that failed, by name, with the reason; raises where ours is not right."""
     failed: dict[str, str] = {}
-    exact = with_gradients(next(iter(case.peers.values())), [x.float() for x in case.inputs], cotangent.float())()
+    exact = with_gradients(next(iter(peers.values())), [x.float() for x in case.inputs], cotangent.float())()
     flat = [exact[0], *exact[1]]
 
     def errors(f: Any) -> list[float]:
         out, grads = with_gradients(f, case.inputs, cotangent)()
         return [relative_error(a, b) for a, b in zip([out, *grads], flat)]
 
-    first, *others = case.peers
-    plain, ours = errors(case.peers[first]), errors(case.ours)
+    first, *others = peers
+    plain, ours = errors(peers[first]), errors(case.ours)
     for i, (a, b) in enumerate(zip(ours, plain)):
         if a > (3 if i else 2) * b + NOISE:
             raise AssertionError(f"{case.name}: error {a:.2e} of tensor {i}, {first} has {b:.2e}")
     for name in others:
         try:
-            worst = max(a / (b + NOISE) for a, b in zip(errors(case.peers[name]), plain))
+            worst = max(a / (b + NOISE) for a, b in zip(errors(peers[name]), plain))
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
             continue
@@ -53,15 +57,15 @@ def compare(case: Case, cotangent: torch.Tensor) -> dict[str, str]:
     return failed
 
 
-def measure(case: Case, peers: list[str], kernels: bool) -> dict[str, Any]:
+def measure(case: Case, chosen: list[str], kernels: bool) -> dict[str, Any]:
     """All figures of one shape; with `kernels` peers are replayed as graphs too."""
     cotangent = torch.randn_like(case.ours(*case.inputs))
-    case = case._replace(peers={name: f for name, f in case.peers.items() if name in peers})
-    failed = compare(case, cotangent)
+    peers = {name: make() for name, make in case.peers.items() if name in chosen}
+    failed = compare(case, peers, cotangent)
     limits = card()
     floor = 1e3 * max(case.bytes / limits.bytes_per_s, case.flops / limits.flops_per_s, case.exps / limits.exps_per_s)
     row: dict[str, Any] = {"shape": case.name, "floor_ms": floor, "failed": failed}
-    for name, f in {"ours": case.ours, **case.peers}.items():
+    for name, f in {"ours": case.ours, **peers}.items():
         if name in failed:
             continue
         both = with_gradients(f, case.inputs, cotangent)

@@ -12,6 +12,10 @@ from torch import Tensor
 OPERATORS = ("bi_level_routing", "neighborhood", "window", "halo")
 
 
+Peer = Callable[[], Callable[..., Tensor]]
+"""What makes a peer, which may take minutes: only the chosen ones are made."""
+
+
 class Case(NamedTuple):
     """One shape of one operator.
 
@@ -19,7 +23,7 @@ class Case(NamedTuple):
         name: The shape, for the table.
         inputs: Tensors with gradients.
         ours: Function of the inputs.
-        peers: Others that compute the same, by name; the first is what ratios are taken against.
+        peers: What makes others that compute the same, by name; the first is what ratios are taken against.
         bytes: Bytes that forward must move.
         flops: FLOPs of forward's matrix products.
         exps: Exponentials of forward.
@@ -28,7 +32,7 @@ class Case(NamedTuple):
     name: str
     inputs: list[Tensor]
     ours: Callable[..., Tensor]
-    peers: dict[str, Callable[..., Tensor]]
+    peers: dict[str, Peer]
     bytes: float
     flops: float
     exps: float

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from visattn_kernels import bi_level_routing_attention
 
-from . import Case
+from . import Case, Peer
 
 MAX_MASK = 1 << 32
 """Most pairs of tokens whose mask is made for FlexAttention."""
@@ -80,13 +80,11 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, regions: 
     return out.reshape(B, regions * rh, regions * rw, heads, dim)[:, :H, :W]
 
 
-def flex_peer(shape: Shape, indices: Tensor) -> Callable[..., Tensor] | None:
-    """FlexAttention on the same maps, its tokens sorted by region on the way in; None where its mask is too large."""
+def flex_peer(shape: Shape, indices: Tensor) -> Callable[..., Tensor]:
+    """FlexAttention on the same maps, its tokens sorted by region on the way in."""
     B, heads, dim, H, W, regions, _ = shape
     rh, rw = -(-H // regions), -(-W // regions)
     R, t = regions**2, rh * rw
-    if B * (R * t) ** 2 > MAX_MASK:
-        return None
     allowed = torch.zeros(B, R, R, dtype=torch.bool, device="cuda").scatter_(2, indices, True)
 
     def routed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -121,11 +119,10 @@ def case(shape: Shape, dtype: torch.dtype) -> Case:
     def gather(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return gather_attention(q, k, v, indices, regions)
 
-    peers: dict[str, Callable[..., Tensor]] = {"gather": gather, "compiled": torch.compile(gather, dynamic=False)}
-    flex = flex_peer(shape, indices)
-    if flex is not None:
-        peers["flex"] = flex
+    peers: dict[str, Peer] = {"gather": lambda: gather, "compiled": lambda: torch.compile(gather, dynamic=False)}
     t = -(-H // regions) * -(-W // regions)
+    if B * (regions**2 * t) ** 2 <= MAX_MASK:
+        peers["flex"] = lambda: flex_peer(shape, indices)
     pairs = B * heads * regions**2 * t * topk * t
     moved = 4 * q.numel() * q.element_size() + 4 * B * H * W * heads + 4 * indices.numel()
     name = f"{B}, {heads}, {dim}, {H}, {W}, {regions}, {topk}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from visattn_kernels import neighborhood_attention
 
-from . import Case
+from . import Case, Peer
 
 MAX_DENSE = 1024
 SQUARE = 8
@@ -113,6 +113,18 @@ def dense_mask(shape: Shape, dtype: torch.dtype) -> Tensor:
     return torch.zeros(tokens, tokens, device="cuda", dtype=dtype).masked_fill(~seen, float("-inf"))
 
 
+def dense_peer(shape: Shape) -> Callable[..., Tensor]:
+    """Torch's dense attention with the mask, which is made beforehand."""
+    mask = dense_mask(shape, torch.float32)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+        return out.transpose(1, 2).reshape(-1, shape.height, shape.width, shape.heads, shape.dim)
+
+    return call
+
+
 def case(shape: Shape, dtype: torch.dtype) -> Case:
     """Tensors as slices of one projection, and who computes the attention."""
     B, heads, dim, H, W, kernel, dilation, stride, bias = shape
@@ -127,19 +139,12 @@ def case(shape: Shape, dtype: torch.dtype) -> Case:
 
         return call
 
-    peers: dict[str, Callable[..., Tensor]] = {}
+    peers: dict[str, Peer] = {}
     if not bias:
-        peers["flex"] = flex_peer(shape)
+        peers["flex"] = lambda: flex_peer(shape)
         if H * W <= MAX_DENSE:
-            mask = dense_mask(shape, torch.float32)
-
-            def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
-                return out.transpose(1, 2).reshape(-1, H, W, heads, dim)
-
-            peers["sdpa"] = sdpa
-    peers["plain"] = attend("recompute")
+            peers["sdpa"] = lambda: dense_peer(shape)
+    peers["plain"] = lambda: attend("recompute")
     pairs = B * heads * H * W * kernel**2
     q = inputs[0]
     moved = 4 * q.numel() * q.element_size() + 4 * B * H * W * heads
