@@ -43,7 +43,7 @@ def test_a_model_without_figures_is_named():
 
 def test_card_names_paper_code_and_limits():
     family = REPORTED["biformer"]
-    text = card(family, MEASURED, model_table({"biformer": family}, MEASURED))
+    text = card("biformer", family, MEASURED, model_table({"biformer": family}, MEASURED))
     assert "https://arxiv.org/abs/2303.08810" in text
     assert family["commit"] in text
     assert all(limit in text for limit in family["limits"])

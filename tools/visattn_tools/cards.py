@@ -1,4 +1,4 @@
-"""Model cards, one a family: what the Hugging Face hub and a reader need to know, from reported and measured figures."""
+"""Model cards, one a family: what a reader and the Hugging Face hub need to know."""
 
 from typing import Any
 
@@ -7,10 +7,11 @@ import timm
 import visattn  # noqa: F401  registers the models
 
 
-def card(family: dict[str, Any], measured: dict[str, Any], table: str) -> str:
+def card(key: str, family: dict[str, Any], measured: dict[str, Any], table: str) -> str:
     """The model card of one family, in the layout of the Hugging Face hub.
 
     Args:
+        key: Its name in ``model_cards/reported.json``.
         family: One entry of ``model_cards/reported.json``.
         measured: Figures of our own, by model.
         table: Markdown table of the family's models.

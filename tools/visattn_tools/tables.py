@@ -59,7 +59,7 @@ def pages() -> dict[Path, str]:
     after = rest.split(END, 1)[1]
     out = {readme: f"{before}{START}\n{model_table(families, measured)}\n{END}{after}"}
     for key, family in families.items():
-        out[ROOT / "model_cards" / f"{key}.md"] = card(family, measured, model_table({key: family}, measured))
+        out[ROOT / "model_cards" / f"{key}.md"] = card(key, family, measured, model_table({key: family}, measured))
     return out
 
 
