@@ -41,8 +41,17 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a recipe, and the files that it extends, say; flags that they leave alone are not there."""
+    return {key: value for key, (value, _) in _settings(path, _actions(train_parser()), ()).items()}
+
+
+def _actions(parser: Parser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+
+
 def _read_config(path: Path, parser: Parser) -> argparse.Namespace:
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    actions = _actions(parser)
     # As a command line, so that the file's values pass the same checks as the flags'.
     words: list[str] = []
     for key, (value, source) in _settings(path, actions, ()).items():
