@@ -11,14 +11,16 @@ Results = dict[str, list[EvalResult]]
 """Results by the name of their model."""
 
 
-def accuracy(value: float, dataset: str, name: str, source: str, url: str, split: str = "validation") -> EvalResult:
+def accuracy(
+    value: float, dataset: str, name: str, source: str | None = None, url: str | None = None, split: str = "validation"
+) -> EvalResult:
     """A top-1 accuracy in %, not verified by the hub.
 
     Args:
         value: The accuracy.
         dataset: Its id on the hub, or another short name.
         name: What people call the data.
-        source: Who says so.
+        source: Who says so, if it is not the card itself.
         url: Where they say it.
         split: The part of the data.
     """
@@ -46,11 +48,11 @@ def reported_results(family: dict[str, Any]) -> Results:
     return results
 
 
-def front_matter(licence: str, datasets: Sequence[str], tags: Iterable[str], results: Results) -> str:
+def front_matter(licence: str | None, datasets: Sequence[str], tags: Iterable[str], results: Results) -> str:
     """The block of YAML between its two lines of dashes.
 
     Args:
-        licence: Identifier of the licence of weights and code.
+        licence: Identifier of the licence of weights and code, if they have one.
         datasets: Data that the figures, or the weights, are of, by their ids on the hub.
         tags: Words to find the model by, besides the libraries'.
         results: For the ``model-index``.
@@ -58,9 +60,9 @@ def front_matter(licence: str, datasets: Sequence[str], tags: Iterable[str], res
     data = ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
-        license=licence.lower(),
+        license=licence.lower() if licence else None,
         tags=["image-classification", "timm", "visattn", *tags],
-        datasets=list(datasets),
+        datasets=list(datasets) or None,
     ).to_dict()
     index = [entry for name, figures in results.items() for entry in eval_results_to_model_index(name, figures)]
     if index:

@@ -80,7 +80,8 @@ def _train(args: argparse.Namespace, processes: Processes) -> RunFolder:
         if isinstance(data.train.transform, Albumentations):
             write_text(folder.augmentation, data.train.transform.text())
         trackers.start(folder)
-    info = ModelInfo(args.model, len(data.class_names), args.model_kwargs, data.class_names, data_config)
+    model_args = ({"global_pool": args.gp} if args.gp else {}) | args.model_kwargs
+    info = ModelInfo(args.model, len(data.class_names), model_args, data.class_names, data_config)
     with trackers:
         _Run(args, folder, engine, info, trackers).fit(state)
     return folder

@@ -382,6 +382,7 @@ _PAPER = {
     "paper_ids": "arXiv:2103.12731",
     "paper_name": "Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
     "first_conv": "stem.conv1.conv",
+    "license": "apache-2.0",  # of timm, whose weights load; none of the paper's models have any
 }
 
 
@@ -395,7 +396,6 @@ def _timm(file: str, hub: str, size: int = 256, **kwargs: Any) -> dict[str, Any]
         size,
         url=f"https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-attn-weights/{file}",
         hf_hub_id=f"timm/{hub}",
-        license="apache-2.0",
         origin_url="https://github.com/huggingface/pytorch-image-models",
         **{"crop_pct": 0.94, **kwargs},
     )

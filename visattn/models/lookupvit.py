@@ -589,6 +589,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         first_conv="patch_embed.proj",
         classifier=("head", "head_l"),
         fixed_input_size=True,
+        license="apache-2.0",
         **kwargs,
     )
 
