@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["quickstart.sh", "test.sh", "quickstart_mm.sh", "install_openmmlab.sh"]
+SCRIPTS = ["quickstart.sh", "test.sh", "docs.sh", "quickstart_mm.sh", "install_openmmlab.sh"]
 
 
 def _fake_python(folder: Path, body: str) -> Path:

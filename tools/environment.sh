@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: finds or makes the Python environment and sets PYTHON to its interpreter.
+# Sourced by quickstart.sh, test.sh and docs.sh: finds or makes the Python environment and sets PYTHON to its interpreter.
 #
 #   use_environment "$@"    takes --no-venv out of the arguments; what is left stands in ARGS
 #
@@ -73,6 +73,18 @@ install_pins() {
         die "the packages could not be installed (see above)." \
             "Remedy: check the network, pip's index settings and the free disk space, then run the command again."
     fi
+    printf '%s\n' "$wanted" >"$stamp"
+}
+
+install_more() { # install_more FILE: pins beside those of requirements/dev.txt, which stay as they are
+    local stamp=.venv/visattn-${1//\//-}-stamp wanted
+    wanted=$(cat "$1" requirements/dev.txt <("$PYTHON" --version) | cksum)
+    if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then return; fi
+    say "installing $1 into .venv"
+    rm -f "$stamp"
+    "$PYTHON" -m pip install --disable-pip-version-check --no-input --quiet \
+        --requirement "$1" --constraint requirements/dev.txt ||
+        die "the packages could not be installed (see above)." "Remedy: check the network and pip's index settings."
     printf '%s\n' "$wanted" >"$stamp"
 }
 

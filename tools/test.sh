@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: format, lint, types, then the tests with timm's own among them.
+# All checks: format, lint, types, documentation, then the tests with timm's own among them.
 #
 #   bash tools/test.sh [--no-venv] [--mm] [pytest arguments]
 #   bash tools/test.sh -m "not contract" tests/layers      without timm's tests, one folder
@@ -25,6 +25,17 @@ say "ruff"
 say "mypy"
 # mypy does not see the import hooks of an editable install.
 MYPYPATH=kernels:tools "$PYTHON" -m mypy || die "mypy found faults (see above)."
+
+say "documentation"
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "not built: mkdocstrings needs Python >= 3.11"
+elif ((venv)); then
+    bash tools/docs.sh
+elif "$PYTHON" -c 'import material, mkdocstrings_handlers' 2>/dev/null; then
+    bash tools/docs.sh --no-venv
+else
+    echo "not built: requirements/docs.txt is not installed in the active environment"
+fi
 
 say "timm's tests"
 "$PYTHON" tests/contract/timm_tests.py || echo "(going on: the contract tests will fail with this same message)"
