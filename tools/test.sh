@@ -40,6 +40,9 @@ fi
 say "timm's tests"
 "$PYTHON" tests/contract/timm_tests.py || echo "(going on: the contract tests will fail with this same message)"
 
+say "browser"
+if ! bash tools/install_browser.sh && [[ ${CI:-} == true ]]; then die "CI needs the browser."; fi
+
 # Many small models: one process per core with one thread each beats one process with many threads.
 jobs=$("$PYTHON" -c 'import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -15,6 +15,7 @@ from torch import nn
 from visattn.layers import RoutingRecord, record_routing
 
 from .pixels import denormalised
+from .views import Grid
 
 QUERY, ATTENDED = "#e53e3e", "#f6ad55"
 TINT = (0.96, 0.68, 0.33, 0.25)
@@ -46,14 +47,15 @@ def draw_routing(model: nn.Module, pictures: Sequence[Image.Image], data_config:
     grid = figure.subplots(len(pictures), columns, squeeze=False)
     figure.suptitle("Regions (orange) that the marked region (red) attends to", fontsize=12, x=0.01, ha="left")
     for row, pixels in enumerate(shown):
-        point = _busiest(pixels, next(iter(stages.values())))
-        _show(grid[row, 0], pixels, "image" if row == 0 else "")
+        first = _regions(next(iter(stages.values())))
+        point = first.busiest(pixels)
+        show(grid[row, 0], pixels, "image" if row == 0 else "")
         for axes, (name, record) in zip(grid[row, 1:], stages.items()):
             regions = record.num_regions[0] * record.num_regions[1]
             title = f"{_stage(name)}: {record.indices.shape[-1]} of {regions} regions"
             _show_routing(axes, pixels, record, row, point)
             axes.set_title(title if row == 0 else "", fontsize=9, loc="center")
-        _mark(grid[row, 0], _box(next(iter(stages.values())), _region_of(next(iter(stages.values())), point), pixels))
+        mark(grid[row, 0], first.box(first.cell_at(point), height, width))
     return figure
 
 
@@ -63,49 +65,21 @@ def _stage(name: str) -> str:
     return f"stage {int(number) + 1}" if number.isdigit() else name
 
 
-def _box(record: RoutingRecord, region: int, pixels: np.ndarray) -> tuple[float, float, float, float]:
-    """Top, left, bottom and right of a region in pixels; padding beyond the image is cut off."""
-    row, column = divmod(region, record.num_regions[1])
-    height, width = pixels.shape[:2]
-    unit_y, unit_x = height / record.map_size[0], width / record.map_size[1]
-    size_y, size_x = record.region_size[0] * unit_y, record.region_size[1] * unit_x
-    return (
-        min(row * size_y, height),
-        min(column * size_x, width),
-        min((row + 1) * size_y, height),
-        min((column + 1) * size_x, width),
-    )
+def _regions(record: RoutingRecord) -> Grid:
+    """The grid of regions over the image; those of padding reach beyond it."""
+    (rows, columns), (tall, wide), (height, width) = record.num_regions, record.region_size, record.map_size
+    return Grid(rows, columns, tall / height, wide / width)
 
 
-def _region_of(record: RoutingRecord, point: tuple[float, float]) -> int:
-    """The region that holds a point given in shares of height and width."""
-    y, x = (
-        min(int(share * size / region), count - 1)
-        for share, size, region, count in zip(point, record.map_size, record.region_size, record.num_regions)
-    )
-    return y * record.num_regions[1] + x
-
-
-def _busiest(pixels: np.ndarray, record: RoutingRecord) -> tuple[float, float]:
-    """Middle of the region with the most contrast, in shares of height and width: something to look for."""
-    grey = pixels.mean(2)
-
-    def contrast(box: tuple[float, ...]) -> float:
-        top, left, bottom, right = (round(edge) for edge in box)
-        return float(grey[top:bottom, left:right].std()) if bottom > top and right > left else -1.0
-
-    boxes = [_box(record, region, pixels) for region in range(record.num_regions[0] * record.num_regions[1])]
-    top, left, bottom, right = max(boxes, key=contrast)
-    return (top + bottom) / 2 / grey.shape[0], (left + right) / 2 / grey.shape[1]
-
-
-def _show(axes: Axes, pixels: np.ndarray, title: str) -> None:
+def show(axes: Axes, pixels: np.ndarray, title: str) -> None:
+    """Draw a picture without axes, its title above the middle."""
     axes.imshow(pixels)
     axes.set_title(title, fontsize=9, loc="center")
     axes.axis("off")
 
 
-def _mark(axes: Axes, box: tuple[float, float, float, float]) -> None:
+def mark(axes: Axes, box: tuple[float, float, float, float]) -> None:
+    """Draw the frame of what is asked about: top, left, bottom and right in pixels."""
     top, left, bottom, right = box
     axes.add_patch(
         Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=QUERY, linewidth=2.2)
@@ -115,9 +89,10 @@ def _mark(axes: Axes, box: tuple[float, float, float, float]) -> None:
 def _show_routing(
     axes: Axes, pixels: np.ndarray, record: RoutingRecord, image: int, point: tuple[float, float]
 ) -> None:
-    query = _region_of(record, point)
+    regions, (height, width) = _regions(record), pixels.shape[:2]
+    query = regions.cell_at(point)
     light = np.full((*pixels.shape[:2], 1), 0.45)
-    boxes = [_box(record, int(region), pixels) for region in record.indices[image, query]]
+    boxes = [regions.box(int(region), height, width) for region in record.indices[image, query]]
     for top, left, bottom, right in boxes:
         light[round(top) : round(bottom), round(left) : round(right)] = 1.0
     axes.imshow(pixels * light)
@@ -128,4 +103,4 @@ def _show_routing(
                 (left - 0.5, top - 0.5), right - left, bottom - top, facecolor=TINT, edgecolor=ATTENDED, linewidth=1.2
             )
         )
-    _mark(axes, _box(record, query, pixels))
+    mark(axes, regions.box(query, height, width))

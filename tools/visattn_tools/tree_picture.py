@@ -16,6 +16,7 @@ from torch import nn
 from visattn.models.dependencyvit import DependencyTree
 
 from .pixels import denormalised
+from .views import Grid
 
 PARTS = 8  # parts with a colour of their own, those of the palette; smaller ones share grey
 GREY = (0.55, 0.58, 0.62)
@@ -66,7 +67,7 @@ def _centres(tree: DependencyTree, pixels: np.ndarray) -> np.ndarray:
     return np.stack([(x + 0.5) * width / columns, (y + 0.5) * height / rows], axis=1) - 0.5
 
 
-def _colours(tree: DependencyTree) -> np.ndarray:
+def token_colours(tree: DependencyTree) -> np.ndarray:
     """A colour for every token (N, 3): that of its part; grey in small parts and above all parts, white at the root."""
     palette = matplotlib.colormaps["Dark2"]
     colours = np.tile(np.array(GREY), (len(tree.parents), 1))
@@ -78,7 +79,7 @@ def _colours(tree: DependencyTree) -> np.ndarray:
 
 def _show_links(axes: Axes, pixels: np.ndarray, tree: DependencyTree) -> None:
     _show(axes, 0.35 + 0.65 * pixels, f"tree, {int(_depths(tree).max())} levels")
-    centres, colours = _centres(tree, pixels), _colours(tree)
+    centres, colours = _centres(tree, pixels), token_colours(tree)
     children = np.flatnonzero(tree.parents >= 0)
     links = np.stack([centres[children], centres[tree.parents[children]]], axis=1)
     axes.add_collection(LineCollection(list(links), colors=colours[children], linewidths=1.1, alpha=0.9))
@@ -102,16 +103,14 @@ def _depths(tree: DependencyTree) -> np.ndarray:
 
 def _on_pixels(values: np.ndarray, tree: DependencyTree, pixels: np.ndarray) -> np.ndarray:
     """Values of tokens (N, ...) as an image (H, W, ...) of blocks."""
-    height, width = pixels.shape[:2]
     rows, columns = tree.grid_size
-    y, x = np.arange(height) * rows // height, np.arange(width) * columns // width
-    return values.reshape(rows, columns, *values.shape[1:])[y[:, None], x]
+    return Grid(rows, columns, 1 / rows, 1 / columns).on_pixels(values, *pixels.shape[:2])
 
 
 def _show_parts(axes: Axes, pixels: np.ndarray, tree: DependencyTree) -> None:
     _show(
         axes,
-        0.45 * pixels + 0.55 * _on_pixels(_colours(tree), tree, pixels),
+        0.45 * pixels + 0.55 * _on_pixels(token_colours(tree), tree, pixels),
         f"its {min(PARTS, len(tree.parts(PARTS)))} largest parts",
     )
 
