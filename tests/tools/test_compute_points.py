@@ -14,14 +14,15 @@ SMALL = ["test_lookupvit", "--peer", "test_vit", "--img-size", "64", "-b", "2", 
 
 def test_points_beside_the_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.json"
-    path.write_text(json.dumps({"test_lookupvit": {"count": {"params": 1}}}))
+    other = {"model": "test_lookupvit", "bench": "count", "params": 1}
+    path.write_text(json.dumps([other]))
     compute_points.main([*SMALL, "--sizes", "2", "8x4", "--output", str(path)])
     first, _, *rows = capsys.readouterr().out.splitlines()
     assert first.startswith("test_lookupvit beside test_vit: hardware ")
     assert [row.split()[0] for row in rows] == ["peer", "2x2", "8x4"]
-    results = json.loads(path.read_text())["test_lookupvit"]
-    assert results["count"] == {"params": 1}
-    figures = results["compute_points"]
+    records = json.loads(path.read_text())
+    assert other in records
+    figures = next(record for record in records if record["bench"] == "compute_points")
     assert all(figures[key] for key in ("hardware", "threads", "date", "torch", "peer"))
     assert [point.pop("compressed") for point in figures["points"]] == ["peer", "2x2", "8x4"]
     peer, small, large = figures["points"]

@@ -16,7 +16,8 @@ from visattn.models.lookupvit import LookupViT
 
 from .cli import Parser, UserError, number
 from .config import check_device, check_model_name
-from .measuring import gmacs, hardware, peak_memory, read_results, stamp, take_turns, write_results
+from .measuring import counts, hardware, peak_memory, take_turns
+from .results import add_results, read_results, stamp
 
 PEERS = {
     "lookupvit_t16": "vit_tiny_patch16_224",
@@ -60,12 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.peer is None:
         raise UserError(f"{args.model} has no peer of its own: give --peer, a timm model that takes --img-size")
     check_model_name(args.peer)
-    results = read_results(args.output)
+    read_results(args.output)  # a file that is none of ours is refused before the work
     figures = measure(args)
     print("\n".join(table(args.model, figures)))
     if args.output:
-        results.setdefault(args.model, {})["compute_points"] = {**figures, **stamp()}
-        write_results(args.output, results)
+        add_results(args.output, [{"model": args.model, "bench": "compute_points", **figures, **stamp(args.device)}])
 
 
 def _create(name: str, args: argparse.Namespace, device: str) -> Any:
@@ -107,14 +107,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     load = os.getloadavg()[0]
     counted, counted_peer = _checked(args, "meta")
     channels = counted.in_chans
-    macs = {"peer": gmacs(counted_peer, (channels, args.img_size, args.img_size))}
+    macs = {"peer": counts(counted_peer, (channels, args.img_size, args.img_size))["gmacs"]}
     model, peer = _checked(args, args.device)
     x = torch.randn(args.batch_size, channels, args.img_size, args.img_size, device=args.device)
     steps = {"peer": _step(peer, x, args.amp)}
     for size in args.sizes:
         label = f"{size[0]}x{size[1]}"
         counted.set_compressed_size(size)
-        macs[label] = gmacs(counted, (channels, args.img_size, args.img_size))
+        macs[label] = counts(counted, (channels, args.img_size, args.img_size))["gmacs"]
         steps[label] = _step(model, x, args.amp, size)
     times = take_turns(steps, args.rounds, args.device)
     points = []

@@ -120,33 +120,31 @@ class Pair:
         self.engines[1].processes.largest(self.stop.received or 0, 0)
 
 
-def measure_engine(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def measure_engine(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Images per second of both loops, in turns, on batches that lie on the device; and with the loader of train.py.
 
     Returns:
-        By model: ``share_of_bare``, the median over rounds of the engine's speed in that of the bare loop;
-        ``overhead_ms`` and ``overhead_cpu_ms``, the medians of the engine's milliseconds more per step, by the clock
-        and of the processor; the speeds; with ``--workers`` also that with the loader.
+        ``share_of_bare``, the median over rounds of the engine's speed in that of the bare loop; ``overhead_ms`` and
+        ``overhead_cpu_ms``, the medians of the engine's milliseconds more per step, by the clock and of the processor;
+        the speeds; with ``--workers`` also that with the loader.
     """
-    figures = {}
-    for name in args.models:
-        with Processes(args.device) as processes, StopSignals() as stop:
-            pair = Pair(name, args, processes, stop)
-            used: dict[str, list[float]] = {}
-            loops = {"bare": _watched(pair.bare, used, "bare"), "engine": _watched(pair.engine, used, "engine")}
-            times = take_turns(loops, args.rounds, args.device)
-            if args.workers is not None:
-                pair.engines[1].train_batches = pair.loader
-                times |= take_turns({"loader": pair.engine}, max(args.rounds // 3, 1), args.device)
-        figures[name] = f = _figures(times, used, args)
-        loaded = f", {f['loader_images_per_second']:.2f} with its loader" if "loader" in times else ""
-        print(
-            f"{name:24} bare {f['bare_images_per_second']:.2f} images/s, engine {f['images_per_second']:.2f} "
-            f"({f['share_of_bare']:.1%}){loaded}; {f['overhead_ms']:+.3f} ms a step of {f['bare_ms']:.3f} ms, "
-            f"{f['overhead_cpu_ms']:+.3f} ms of processor time",
-            flush=True,
-        )
-    return figures
+    with Processes(args.device) as processes, StopSignals() as stop:
+        pair = Pair(name, args, processes, stop)
+        used: dict[str, list[float]] = {}
+        loops = {"bare": _watched(pair.bare, used, "bare"), "engine": _watched(pair.engine, used, "engine")}
+        times = take_turns(loops, args.rounds, args.device)
+        if args.workers is not None:
+            pair.engines[1].train_batches = pair.loader
+            times |= take_turns({"loader": pair.engine}, max(args.rounds // 3, 1), args.device)
+    f = _figures(times, used, args)
+    loaded = f", {f['loader_images_per_second']:.2f} with its loader" if "loader" in times else ""
+    print(
+        f"{name:24} bare {f['bare_images_per_second']:.2f} images/s, engine {f['images_per_second']:.2f} "
+        f"({f['share_of_bare']:.1%}){loaded}; {f['overhead_ms']:+.3f} ms a step of {f['bare_ms']:.3f} ms, "
+        f"{f['overhead_cpu_ms']:+.3f} ms of processor time",
+        flush=True,
+    )
+    return f
 
 
 def _watched(loop: Callable[[], None], used: dict[str, list[float]], name: str) -> Callable[[], None]:

@@ -27,9 +27,10 @@ from .config import parse_train_args
 from .data import open_data
 from .files import write_text
 from .loaders import TrainLoader
-from .measuring import hardware, stamp
+from .measuring import hardware
 from .model_setup import data_config_for
 from .processes import Processes
+from .results import stamp
 from .rows import json_text
 
 CLASSES = 10

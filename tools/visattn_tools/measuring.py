@@ -1,36 +1,62 @@
-"""Time, memory and operations of models, and the files that keep the figures."""
+"""Time, memory and operations of models."""
 
-import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
-from datetime import date
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import timm
 import torch
 from timm.utils import check_batch_size_retry, decay_batch_step
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from .cli import UserError
-from .files import write_text
+Name = TypeVar("Name", bound=Hashable)
 
 
-def gmacs(model: nn.Module, input_size: Sequence[int]) -> float:
-    """GMACs of one image (C, H, W) in evaluation, by a model on the meta device."""
-    with FlopCounterMode(display=False) as counter:
+class ActivationCounter(TorchDispatchMode):
+    """Counts the elements that convolutions and matrix products put out, as timm's tables of models do.
+
+    Attributes:
+        elements: So far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            first = next(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+            self.elements += first.numel()
+        return out
+
+
+def counts(model: nn.Module, input_size: Sequence[int]) -> dict[str, float]:
+    """GMACs and millions of activations of one image (C, H, W) in evaluation, by a model on the meta device."""
+    with ActivationCounter() as activations, FlopCounterMode(display=False) as flops:
         model.eval()(torch.empty(1, *input_size, device="meta"))
-    return round(counter.get_total_flops() / 2e9, 4)
+    return {
+        "gmacs": round(flops.get_total_flops() / 2e9, 4),
+        "activations_m": round(activations.elements / 1e6, 3),
+    }
+
+
+def synchronize(device: str) -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def take_turns(
-    steps: dict[str, Callable[[], None]], rounds: int, device: str, repeats: int = 1
-) -> dict[str, list[float]]:
+    steps: Mapping[Name, Callable[[], None]], rounds: int, device: str, repeats: int = 1
+) -> dict[Name, list[float]]:
     """Seconds of every step in every round. Two rounds before them warm up.
 
     Args:
@@ -39,19 +65,14 @@ def take_turns(
         device: Where they run; a GPU is waited for before and after each turn.
         repeats: Steps of a turn; their mean is its time.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-
-    def synchronize() -> None:
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-
+    times: dict[Name, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
         for name, step in steps.items():
-            synchronize()
+            synchronize(device)
             start = time.perf_counter()
             for _ in range(repeats):
                 step()
-            synchronize()
+            synchronize(device)
             if turn >= 2:
                 times[name].append((time.perf_counter() - start) / repeats)
     return times
@@ -104,25 +125,3 @@ def hardware(device: str) -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
-
-
-def read_results(path: Path | None) -> dict[str, Any]:
-    """Results in a file, by model; none if there is no such file.
-
-    Raises:
-        UserError: It is no JSON.
-    """
-    try:
-        return json.loads(path.read_text()) if path and path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"--output {path} exists and is no JSON: {error}") from error
-
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write results, by model."""
-    write_text(path, json.dumps(results, indent=1, sort_keys=True) + "\n")
-
-
-def stamp() -> dict[str, str]:
-    """What measured, and when."""
-    return {"torch": torch.__version__.split("+")[0], "timm": timm.__version__, "date": date.today().isoformat()}

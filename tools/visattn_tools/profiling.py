@@ -1,58 +1,30 @@
-"""Where the time and the memory of a model go: operators, activations, modules."""
+"""Where the time and the memory of a model go: operators and parts."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from .files import write_text
 from .measuring import peak_memory, quiet_profile
 
 
-class ActivationCounter(TorchDispatchMode):
-    """Counts the elements that convolutions and matrix products put out, as timm's tables of models do.
-
-    Attributes:
-        elements: So far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            first = next(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-            self.elements += first.numel()
-        return out
-
-
-def activations_and_modules(name: str, input_size: list[int], model_args: dict[str, Any]) -> dict[str, Any]:
-    """Millions of activations for one image, and GMACs of the model's parts, without computing anything."""
+def gmacs_of_parts(name: str, input_size: Sequence[int], model_args: dict[str, Any]) -> dict[str, float]:
+    """GMACs of a model's parts for one image, without computing anything."""
     model = timm.create_model(name, device="meta", **model_args).eval()
-    images = torch.empty(1, *input_size, device="meta")
-    with ActivationCounter() as counter:
-        model(images)
     with FlopCounterMode(display=False) as flops:
-        model(images)
+        model(torch.empty(1, *input_size, device="meta"))
     values = {
         path.partition(".")[2]: sum(counts.values()) / 2e9 for path, counts in flops.get_flop_counts().items() if counts
     }
     # The children of the model; of those that are lists, theirs.
     lists = {path.rpartition(".")[0] for path in values if path.count(".") == 1 and path.split(".")[1].isdigit()}
     parts = {path: value for path, value in values.items() if path and path.count(".") == (path.split(".")[0] in lists)}
-    return {
-        "activations_m": round(counter.elements / 1e6, 3),
-        "gmacs_of_parts": {path: round(value, 4) for path, value in parts.items() if value},
-    }
+    return {path: round(value, 4) for path, value in parts.items() if value}
 
 
 def operators(step: Callable[[], None], device: torch.device, top: int, trace: Any = None) -> list[dict[str, Any]]:
@@ -97,18 +69,19 @@ def write_trace(record: profile, path: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def profile_model(name: str, steps: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, Any]:
+def profile_model(
+    figures: dict[str, Any], name: str, steps: dict[str, Callable[[], None]], args: argparse.Namespace
+) -> dict[str, Any]:
     """Print and return where time and memory of the steps of a model go.
 
     Args:
+        figures: What was counted of the model.
         name: Of the model.
         steps: By kind: ``inference`` and ``training``.
         args: The flags of ``tools/benchmark.py``.
     """
-    model_args = args.model_kwargs
-    cfg: Any = timm.get_pretrained_cfg(name)
-    size = [cfg.input_size[0], args.img_size, args.img_size] if args.img_size else list(cfg.input_size)
-    figures = activations_and_modules(name, size, model_args)
+    size = figures["input_size"]
+    figures = figures | {"gmacs_of_parts": gmacs_of_parts(name, size, args.model_kwargs)}
     print(f"\n{name}: {figures['activations_m']:.2f} M activations at {'x'.join(map(str, size[1:]))}")
     total = sum(figures["gmacs_of_parts"].values()) or 1.0
     for part, value in figures["gmacs_of_parts"].items():

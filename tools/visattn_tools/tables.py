@@ -1,7 +1,7 @@
 """The model table of the README and the model cards, from measured and reported figures.
 
-``model_cards/measured.json`` is written by ``tools/benchmark.py``; ``model_cards/reported.json`` holds what authors
-report, each family with its source. Nothing else puts a figure into the README or a card.
+``tools/benchmark.py`` writes ``model_cards/results``; ``model_cards/reported.json`` holds what authors report, each
+family with its source. Nothing else puts a figure into the README or a card.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 from .cards import card
 from .cli import Parser, UserError
 from .files import write_text
+from .results import measured as measured_figures
 
 ROOT = Path(__file__).parents[2]
 START, END = "<!-- models: written by tools/make_tables.py -->", "<!-- /models -->"
@@ -35,7 +36,7 @@ def model_table(families: dict[str, Any], measured: dict[str, Any]) -> str:
         for name, facts in family["models"].items():
             if name not in measured:
                 raise UserError(
-                    f"{name} is not in model_cards/measured.json; run tools/benchmark.py {name} --output it"
+                    f"{name} is not in model_cards/results/count.json; run tools/benchmark.py {name} --output it"
                 )
             figures = measured[name]["count"]
             side = "x".join(map(str, figures["input_size"][1:]))
@@ -50,7 +51,7 @@ def model_table(families: dict[str, Any], measured: dict[str, Any]) -> str:
 
 def pages() -> dict[Path, str]:
     """Path and content of every page that holds figures."""
-    families, measured = _read("reported.json"), _read("measured.json")
+    families, measured = _read("reported.json"), measured_figures()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     if START not in text or END not in text:

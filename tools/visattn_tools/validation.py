@@ -23,10 +23,11 @@ from .evaluation import Evaluation, evaluate
 from .files import replacing, write_text
 from .held_out import open_held_out
 from .loaders import test_loader
-from .measuring import hardware, smaller_batch, stamp
+from .measuring import hardware, smaller_batch
 from .metrics import RealLabels, calibration, interval, per_class
 from .processes import Processes, StopSignals
 from .reliability_picture import draw_reliability
+from .results import stamp
 from .rows import csv_text, json_text
 from .validation_flags import validate_parser
 
