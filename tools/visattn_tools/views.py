@@ -2,8 +2,8 @@
 
 Nothing here is a second implementation of a model. Hooks catch what goes into a layer, and the layer's own parts and
 the plain torch operators say what becomes of it: an operator is linear in its values, so values that are 1 at one key
-and 0 elsewhere return the weight of that key (:func:`probe`). What each kind of layer shows stands in ``map_readers.py``
-and ``token_readers.py``.
+and 0 elsewhere return the weight of that key (:func:`probe`). What each kind of layer shows stands in
+``map_readers.py`` and ``token_readers.py``.
 """
 
 import re

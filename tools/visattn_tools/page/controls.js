@@ -3,7 +3,7 @@
 function visattnControls(page) {
   const { $, data, state, pictures, image, entries, entry, cells, asked, cellAt, cellIn, headName, show } = page;
 
-  function choices(name, labels, chosen, choose) {
+  function choices(name, labels, chosen, choose, names = []) {
     const box = $(name);
     const legend = box.querySelector("legend");
     box.replaceChildren(legend, ...labels.map((content, i) => {
@@ -11,6 +11,7 @@ function visattnControls(page) {
       label.className = "choice";
       const input = label.appendChild(document.createElement("input"));
       Object.assign(input, { type: "radio", name, value: String(i), checked: i === chosen });
+      if (names[i]) input.setAttribute("aria-label", names[i]);
       input.addEventListener("change", () => choose(i));
       const text = label.appendChild(document.createElement("span"));
       text.append(...content);
@@ -21,7 +22,9 @@ function visattnControls(page) {
 
   function select(name, i) {
     const input = $(name).querySelectorAll("input")[i];
-    if (input) input.checked = true;
+    if (!input) return;
+    input.checked = true;
+    input.parentElement.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
   function keepPlace(change) {
@@ -61,8 +64,8 @@ function visattnControls(page) {
     const e = entry();
     const count = e.heads ? e.heads.length : 0;
     state.head = Math.min(state.head, Math.max(0, count - 1));
-    choices("heads", Array.from({ length: count }, (_, i) => [i ? String(i) : "all"]), state.head, setHead);
-    for (const [i, input] of $("heads").querySelectorAll("input").entries()) input.setAttribute("aria-label", headName(i));
+    const heads = Array.from({ length: count }, (_, i) => i);
+    choices("heads", heads.map((i) => [i ? String(i) : "all"]), state.head, setHead, heads.map(headName));
     $("switches").hidden = e.what !== "view";
     buildExtras();
   }
@@ -89,8 +92,8 @@ function visattnControls(page) {
       canvas.width = Math.min(160, 2 * width);
       canvas.height = Math.round((canvas.width * height) / width);
       canvas.setAttribute("aria-hidden", "true");
-      return [canvas, e.title];
-    }), state.layer, setLayer);
+      return [canvas, e.title.replace(", ", "\n")];
+    }), state.layer, setLayer, entries().map((e) => e.title));
   }
 
   function rebuild() {
