@@ -7,7 +7,7 @@ import torch
 import visattn_kernels as vk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import LargestTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 BACKENDS = ("reference", "recompute")
@@ -200,19 +200,6 @@ def test_low_precision(backend, dtype):
     p = (plain(q) @ keys.transpose(-2, -1) * 0.25).softmax(-1)
     naive_out = (p @ values).reshape(2, 2, 3, 3, 4, 4, 16).permute(0, 2, 4, 3, 5, 1, 6).reshape(out.shape)
     assert (out - exact).abs().max() <= 2 * (naive_out - exact).abs().max() + 1e-7
-
-
-class LargestTensor(TorchDispatchMode):
-    """Number of elements of the largest tensor made inside the block."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.numel())
-        return out
 
 
 def test_gathered_keys_never_exceed_the_map_without_gradients():

@@ -8,8 +8,8 @@ import pytest
 import torch
 import visattn_kernels as vk
 from hypothesis import given, settings
+from largest_tensor import LargestTensor
 from neighborhood_cases import BACKENDS, FULL, call, gradients, make, naive, problems, random, window
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from visattn_kernels.neighborhood import ops, reference
 
@@ -222,19 +222,6 @@ def test_flops_count_visible_keys(causal, extra):
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() == 2 * 2 * 4 * pairs * (3 * 5 + 2 * 6)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Number of elements of the largest tensor made inside the block."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.numel())
-        return out
 
 
 @pytest.mark.parametrize("gradients", [False, True])

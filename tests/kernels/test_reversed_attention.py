@@ -7,7 +7,7 @@ import torch
 import visattn_kernels as vk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import LargestTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 BACKENDS = ("reference", "recompute")
@@ -101,19 +101,6 @@ def test_what_is_sent_is_what_arrives():
     mask = vk.reversed_attention_mask(q, k, gate)
     torch.testing.assert_close(mask.sum(1), gate.sum(-1))
     torch.testing.assert_close(vk.reversed_attention(q, k, v, gate).sum(1), (gate[..., None] * v).sum(1))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Number of elements of the largest tensor made inside the block."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.numel())
-        return out
 
 
 def most_kept(tensors, backend):

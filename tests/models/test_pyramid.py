@@ -1,12 +1,10 @@
 """What every pyramid of ours promises beyond timm's own tests, on the tiny variant of each family."""
 
-import copy
-
 import pytest
 import timm
 import torch
+from backbones import build, images
 from timm.optim import create_optimizer_v2
-from torch.export import Dim
 
 import visattn
 from visattn.models._pyramid import PyramidBackbone
@@ -17,16 +15,6 @@ TINY = [n for n in visattn.list_models("test_*") if isinstance(timm.create_model
 @pytest.fixture(params=TINY)
 def name(request):
     return request.param
-
-
-def images(model, batch=2, size=None):
-    torch.manual_seed(0)
-    return torch.randn(batch, 3, *(size or model.default_cfg["input_size"][1:]))
-
-
-def build(name, **kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(name, num_classes=7, **kwargs)
 
 
 @pytest.mark.parametrize("size", [(333, 500), (32, 32), (37, 65)], ids=str)
@@ -50,36 +38,6 @@ def test_every_variant_returns_four_maps(variant):
         assert all(n // r <= m <= -(-n // r) for n, m in zip((333, 500), shape[2:]))
 
 
-def test_compiles_without_a_break(name):
-    model = build(name).eval()
-    x = images(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
-
-
-def test_exports_with_a_dynamic_batch(name):
-    model = build(name).eval()
-    program = torch.export.export(model, (images(model),), dynamic_shapes=({0: Dim("batch", min=1, max=64)},))
-    x = images(model, 3)
-    torch.testing.assert_close(program.module()(x), model(x))
-
-
-def test_scripts(name):
-    model = build(name, scriptable=True).eval()
-    x = images(model)
-    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
-
-
-def test_checkpointing_gives_equal_gradients(name):
-    model = build(name, drop_path_rate=0.0).train()
-    twin = copy.deepcopy(model)
-    twin.set_grad_checkpointing()
-    for m in (model, twin):
-        m(images(model)).square().sum().backward()
-    for (n, a), b in zip(model.named_parameters(), twin.parameters()):
-        torch.testing.assert_close(b.grad, a.grad, msg=n)
-
-
 def test_deterministic_algorithms(name):
     torch.use_deterministic_algorithms(True)
     try:
@@ -92,23 +50,6 @@ def test_deterministic_algorithms(name):
         assert all(torch.equal(a, b) for a, b in zip(*grads))
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_channels_last_and_bfloat16(name):
-    model = build(name).eval()
-    x = images(model)
-    expected = model(x)
-    model = model.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-4)
-    assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-
-
-def test_meta_device_and_reset(name):
-    model = build(name, device="meta")
-    assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
-    model.to_empty(device="cpu")
-    model.init_weights()
-    assert model.eval()(images(model)).isfinite().all()
 
 
 def test_one_training_step(name):

@@ -1,15 +1,13 @@
 """The contract of token models: the base class against timm's ViT, then every family's tiny variant."""
 
-import copy
-
 import pytest
 import timm
 import torch
+from backbones import build, images
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import nn
-from torch.export import Dim
 
 import visattn
 from visattn.models._tokens import TokenBackbone, add_position, quarter_levels
@@ -149,16 +147,6 @@ def name(request):
     return request.param
 
 
-def images(model, batch=2, size=None):
-    torch.manual_seed(0)
-    return torch.randn(batch, 3, *(size or model.default_cfg["input_size"][1:]))
-
-
-def build(name, **kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(name, num_classes=7, **kwargs)
-
-
 @pytest.mark.parametrize("variant", visattn.list_models())
 def test_every_token_variant_returns_maps(variant):
     model = timm.create_model(variant, features_only=True, device="meta").eval()
@@ -168,53 +156,6 @@ def test_every_token_variant_returns_maps(variant):
     assert [m.shape[1] for m in maps] == model.feature_info.channels()
     for m, r in zip(maps, model.feature_info.reduction(), strict=True):
         assert tuple(m.shape[2:]) == tuple(n // r for n in model.model.default_cfg["input_size"][1:])
-
-
-def test_compiles_without_a_break(name):
-    model = build(name).eval()
-    x = images(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
-
-
-def test_exports_with_a_dynamic_batch(name):
-    model = build(name).eval()
-    program = torch.export.export(model, (images(model),), dynamic_shapes=({0: Dim("batch", min=1, max=64)},))
-    x = images(model, 3)
-    torch.testing.assert_close(program.module()(x), model(x))
-
-
-def test_scripts(name):
-    model = build(name, scriptable=True).eval()
-    x = images(model)
-    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
-
-
-def test_checkpointing_gives_equal_gradients(name):
-    model = build(name, drop_path_rate=0.0).train()
-    twin = copy.deepcopy(model)
-    twin.set_grad_checkpointing()
-    for m in (model, twin):
-        torch.manual_seed(0)
-        m(images(model)).square().sum().backward()
-    for (n, a), b in zip(model.named_parameters(), twin.named_parameters()):
-        torch.testing.assert_close(b[1].grad, a.grad, msg=n)
-
-
-def test_bfloat16_and_channels_last(name):
-    model = build(name).eval()
-    x = images(model)
-    expected = model(x)
-    torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-4)
-    assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-
-
-def test_meta_device_and_reset(name):
-    model = build(name, device="meta")
-    assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
-    model.to_empty(device="cpu")
-    model.init_weights()
-    assert model.eval()(images(model)).isfinite().all()
 
 
 def test_one_training_step(name):

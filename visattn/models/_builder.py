@@ -220,3 +220,13 @@ def build_model(
         ) from error
     model.pretrained_cfg.pop("state_dict", None)
     return model
+
+
+def initialise(model: Any) -> None:
+    """Draw every parameter and buffer anew: torch's own rules, then the family's, ``model.init_module``."""
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if module is not model and reset is not None:
+            reset()
+    for name, module in model.named_modules():
+        model.init_module(module, name)

@@ -8,6 +8,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ._builder import initialise
 from ._images import check_images
 
 
@@ -122,12 +123,7 @@ class PyramidBackbone(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """(Re-)initialise every parameter and buffer; also after ``to_empty()``."""
-        for module in self.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if module is not self and reset is not None:
-                reset()
-        for name, module in self.named_modules():
-            self.init_module(module, name)
+        initialise(self)
 
     def init_module(self, module: nn.Module, name: str) -> None:
         """Initialise one module beyond torch's default; a family's rule."""

@@ -30,7 +30,6 @@ from ._pyramid import PyramidBackbone, PyramidStage, per_stage
 __all__ = ["BiFormer"]
 
 ATTN_TYPES = ("routing", "conv", "global", "global_lepe_input", "global_lepe_value")
-KV_POOLS = {"avgpool": "avg", "maxpool": "max", "ada_avgpool": "adaptive_avg", "ada_maxpool": "adaptive_max"}
 
 
 class OverlapStem(nn.Sequential):
