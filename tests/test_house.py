@@ -116,8 +116,18 @@ def test_the_direction_check_finds_what_it_should(tmp_path: Path, path: str, lin
 
 
 @pytest.mark.parametrize("triton", ["as installed", "absent"])
-def test_import_is_silent_and_needs_no_triton(triton: str) -> None:
-    code = "import visattn, visattn_kernels\nassert visattn.list_models()\n"
+def test_import_is_silent_and_quick_and_needs_no_triton(triton: str) -> None:
+    """After timm it costs less than a second of the processor, and brings in nothing but ourselves and torch."""
+    code = (
+        "import sys, time, timm\n"
+        "before, start = set(sys.modules), time.process_time()\n"
+        "import visattn, visattn_kernels\n"
+        "spent = time.process_time() - start\n"
+        "assert spent < 1, spent\n"
+        "more = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "assert more <= {'torch', 'visattn', 'visattn_kernels'}, more\n"
+        "assert visattn.list_models()\n"
+    )
     if triton == "absent":
         code = "import sys\nsys.modules['triton'] = None  # makes `import triton` raise\n" + code
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
