@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from goldens.golden import load_case, make_input, max_error, reference_state_dict
+from gradients import check_gradients
 from safetensors.torch import save_file
 
 import visattn  # noqa: F401
@@ -143,13 +144,7 @@ def test_golden(path, tmp_path, record_property):
     is_layer = case["build"].startswith("HaloAttn(")
     out, x, model, names = run_layer(case) if is_layer else run_model(case, tmp_path)
     assert max_error(out, case["output"]) < TOLERANCE
-    (out * make_input(tuple(out.shape), "cotangent")).sum().backward()
-    assert max_error(x.grad, case["input_grad"]) < TOLERANCE
-    expected = dict(case["param_grad_norms"])
-    for ours, parameter in model.named_parameters():
-        norm = 0.0 if parameter.grad is None else float(parameter.grad.norm())
-        assert norm == pytest.approx(expected.pop(names[ours]), rel=TOLERANCE, abs=1e-12), ours
-    assert not expected, "official parameters without a counterpart"
+    check_gradients(case, out, x, model, names)
 
 
 def test_every_case_is_here():

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from goldens.golden import load_case, make_input, max_error, reference_state_dict
+from gradients import check_gradients
 from safetensors.torch import save_file
 
 import visattn  # noqa: F401
@@ -80,16 +81,6 @@ def make_model(case, weights, tmp_path):
         num_classes=8,
         dtype=torch.float64,
     ).eval()
-
-
-def check_gradients(case, out, x, model, names):
-    (out * make_input(tuple(out.shape), "cotangent")).sum().backward()
-    assert max_error(x.grad, case["input_grad"]) < TOLERANCE
-    expected = dict(case["param_grad_norms"])
-    for ours, parameter in model.named_parameters():
-        norm = 0.0 if parameter.grad is None else float(parameter.grad.norm())
-        assert norm == pytest.approx(expected.pop(names[ours]), rel=TOLERANCE, abs=1e-12), ours
-    assert not expected, "recorded parameters without a counterpart"
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
