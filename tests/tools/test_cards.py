@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from visattn_tools import cards, tables
 from visattn_tools.cards import bibtex, card, dense_models, recipe_header, source_url
+from visattn_tools.cli import UserError
+from visattn_tools.config import read_settings
 from visattn_tools.results import measured
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +99,32 @@ def test_speed_and_converted_files_are_shown_where_there_are_some() -> None:
     assert "b" * 64 in text
     assert "No file has been converted" not in text
     assert "No file has been converted" in card("davit", REPORTED["davit"], MEASURED, "")
+
+
+def test_a_card_follows_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A figure that changes where it comes from changes the card, so that the check of the pages finds it."""
+    family = copy.deepcopy(REPORTED["davit"])
+    text = card("davit", family, MEASURED, "")
+    assert text.count("value: 82.8") == 1
+    assert "box AP 45.0" in text
+    assert "| [davit_t](../configs/imagenet/davit_t.yaml) | `davit_t` | 300 |" in text
+    family["models"]["davit_t"]["top1"] = 82.9
+    assert "value: 82.8" not in card("davit", family, MEASURED, "")
+    dense = copy.deepcopy(dense_models("davit"))
+    dense[0]["Results"][0]["Metrics"]["box AP"] = 45.1
+    monkeypatch.setattr(cards, "dense_models", lambda key: dense)
+    assert "box AP 45.0" not in card("davit", family, MEASURED, "")
+    path = ROOT / "configs" / "imagenet" / "davit_t.yaml"
+    monkeypatch.setattr(cards, "_recipes", lambda: {path: read_settings(path) | {"epochs": 301}})
+    assert "`davit_t` | 301 |" in card("davit", family, MEASURED, "")
+
+
+def test_the_check_of_the_pages_fails_for_one_changed_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = copy.deepcopy(MEASURED)
+    figures["davit_t"]["count"]["params"] += 100_000
+    monkeypatch.setattr(tables, "measured_figures", lambda: figures)
+    with pytest.raises(UserError, match=r"out of date: README\.md, .*model_cards/davit\.md; run"):
+        tables.main(["--check"])
 
 
 def test_recipe_header(tmp_path: Path) -> None:
