@@ -57,7 +57,11 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 
 def _documented() -> list[tuple[str, str, list[str]]]:
     folders = (ROOT / "configs", ROOT / "model_cards")
-    pages = [ROOT / "README.md", *(page for folder in folders for page in sorted(folder.rglob("*.md")))]
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(page for folder in folders for page in sorted(folder.rglob("*.md"))),
+    ]
     return [
         (page.relative_to(ROOT).as_posix(), name, words)
         for page in pages
@@ -77,7 +81,16 @@ def test_documented_commands_have_these_flags(page: str, name: str, words: list[
 
 def test_the_readme_shows_the_commands() -> None:
     shown = {name for page, name, _ in DOCUMENTED if page == "README.md"}
-    assert {"train", "validate", "predict", "convert", "average", "benchmark", "loader_benchmark"} <= shown
+    assert {
+        "train",
+        "validate",
+        "predict",
+        "convert",
+        "average",
+        "benchmark",
+        "loader_benchmark",
+        "push_to_hub",
+    } <= shown
 
 
 def test_the_search_finds_commands_and_mistakes() -> None:
