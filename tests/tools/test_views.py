@@ -12,11 +12,13 @@ from visattn_kernels import pool_regions
 from visattn_tools import views
 from visattn_tools.map_readers import large_kernel_shares
 from visattn_tools.reading import READERS, drawable_layers, read_image
+from visattn_tools.rollout import rolled_out, with_residual
 from visattn_tools.token_readers import token_mixing_shares
 from visattn_tools.views import Grid, Reading, View
 
 import visattn
 from visattn.layers import LargeKernelGate
+from visattn.models.lookupvit import compress
 from visattn.models.ninformer import MixerGatingUnit
 
 
@@ -298,3 +300,56 @@ def test_every_family_can_be_read() -> None:
     assert len(kinds) >= 9
     assert {name for name, model in kinds.items() if not drawable_layers(model)} == set()
     assert "ChannelGroupAttention" not in {kind.__name__ for kind in READERS}
+
+
+def rollout_of(model: nn.Module) -> tuple[list[View], Reading]:
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    reading = read_image(model, image, drawable_layers(model))
+    return rolled_out(reading, model, image), reading
+
+
+@torch.no_grad()
+def test_rollout() -> None:
+    """Each layer half attention, half residual, as Abnar and Zuidema have it; one layer after the other."""
+    (rollout,), reading = rollout_of(build("test_vitrpb"))
+    expected = torch.eye(64, dtype=torch.float64)
+    for view in reading.views:
+        expected = (0.5 * view.weights.double().mean(0) + 0.5 * torch.eye(64)) @ expected
+    torch.testing.assert_close(rollout.weights[0].double(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["test_sparsifiner", "test_dependencyvit", "test_nat_isotropic", "test_lookupvit"])
+@torch.no_grad()
+def test_rollouts_are_shares(name: str) -> None:
+    """Whatever is dropped, sent or outside: what a token is made of sums to one."""
+    rollouts, _ = rollout_of(build(name))
+    assert len(rollouts) == (2 if name == "test_lookupvit" else 1)
+    for view in rollouts:
+        assert (view.weights >= 0).all()
+        torch.testing.assert_close(view.weights.sum(-1), torch.ones(view.weights.shape[:2]), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rollout_of_dropped_tokens() -> None:
+    """A token that was dropped is what it was then: the layers after it change nothing."""
+    (rollout,), reading = rollout_of(build("test_sparsifiner"))
+    first, second = (view.all_heads()[:, :65] for view in reading.views[:2])
+    kept = next(item.values for item in reading.maps if item.kind == "kept tokens")
+    dropped = (kept == 0).nonzero()[:, 0]
+    two = with_residual(second) @ with_residual(first)
+    assert len(dropped) > 5
+    torch.testing.assert_close(rollout.weights[0][dropped], two[dropped], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_rollout_of_one_lookup_block() -> None:
+    model: Any = build("test_lookupvit", depth=1)
+    (compressed, lookup), reading = rollout_of(model)
+    gather, among, back = (view.weights.mean(0) for view in reading.views)
+    start = compress(torch.eye(64)[None], (8, 8), model.compressed_size, True)[0]
+    count = len(start)
+    expected = (0.5 * among + 0.5 * torch.eye(count)) @ (0.5 * start + 0.5 * gather)
+    torch.testing.assert_close(compressed.weights[0], expected, rtol=1e-4, atol=1e-6)
+    handed = (torch.eye(64) + back @ expected) / (1 + back.sum(1, keepdim=True))
+    torch.testing.assert_close(lookup.weights[0], handed, rtol=1e-4, atol=1e-6)
+    assert not rollout_of(build("test_nat"))[0], "stages differ"

@@ -100,7 +100,7 @@
   function lines(context, grid, width, height) {
     const wide = grid.width * width;
     const tall = grid.height * height;
-    if (Math.min(wide, tall) < 9 * devicePixelRatio) return;
+    if (Math.min(wide, tall) < 14 * devicePixelRatio) return;
     context.beginPath();
     for (let x = wide; x < width; x += wide) context.rect(Math.round(x), 0, 0, height);
     for (let y = tall; y < height; y += tall) context.rect(0, Math.round(y), width, 0);
