@@ -7,13 +7,12 @@ figure over ours: above 1, ours is the better one.
 """
 
 import argparse
-import json
 import statistics
 from typing import Any
 
 import timm
 import torch
-from comparison import compare
+from comparison import about_cpu, compare, write
 
 import visattn  # noqa: F401  registers the models
 
@@ -31,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     results: list[dict[str, Any]] = []
-    print(f"{'':32s} {'timm ms':>9s} {'ours ms':>9s} {'ratio':>7s} {'timm MiB':>9s} {'ours MiB':>9s} {'ratio':>7s}")
+    print(f"{'':34s} {'timm ms':>9s} {'ours ms':>9s} {'ratio':>7s} {'timm MiB':>9s} {'ours MiB':>9s} {'ratio':>7s}")
     for pair in args.models:
         names = pair.split(":")
         theirs, ours = (timm.create_model(name) for name in names)
@@ -41,11 +40,12 @@ def main() -> None:
             with torch.no_grad():
                 torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-3, atol=1e-4)
             for backward in (False, True):
-                mode = "forward+backward" if backward else "forward"
+                mode = "forward + backward" if backward else "forward"
                 row = compare(theirs.train(backward), ours.train(backward), x, backward, args.repeat)
-                results.append({"model": names[1], "size": size, "mode": mode, **row})
+                name = f"`{names[1]}`, {size} px" if len(args.models) > 1 else f"{size} px"
+                results.append({"name": name, "mode": mode, **row})
                 print(
-                    f"{f'{names[1]} {size} px {mode}':32s} {row['theirs_ms']:9.1f} {row['ours_ms']:9.1f}"
+                    f"{f'{names[1]} {size} px {mode}':34s} {row['theirs_ms']:9.1f} {row['ours_ms']:9.1f}"
                     f" {row['time_ratio']:6.2f}x {row['theirs_mib']:9.1f} {row['ours_mib']:9.1f}"
                     f" {row['memory_ratio']:6.2f}x",
                     flush=True,
@@ -53,8 +53,7 @@ def main() -> None:
     mean = statistics.geometric_mean([row["time_ratio"] for row in results])
     print(f"geometric mean of the time ratios: {mean:.3f}x")
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"torch": torch.__version__, "arguments": vars(args), "results": results}, file, indent=1)
+        write(args.json, about_cpu(args) | {"geometric_mean": mean}, results)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ exponentials over what the card can do; "x" behind it is our kernels' time over 
 import argparse
 import datetime
 import importlib
-import json
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
+from comparison import command, write
 from comparison.gpu import card, extra_mb, graph_ms, median_ms, relative_error, with_gradients
+from comparison.tables import WAYS, against, means, operator_table
 from operators import OPERATORS, Case
 
 NOISE = 1e-6
@@ -87,59 +87,12 @@ def measure(case: Case, chosen: list[str], kernels: bool) -> dict[str, Any]:
     return row
 
 
-def mean(values: list[float]) -> float:
-    """Geometric mean."""
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
-def table(rows: list[dict[str, Any]], peers: list[str], kernels: bool) -> str:
-    """The rows in Markdown: forward, forward + backward, memory; times of kernels alone with `kernels`.
-
-    Ratios are those of the fastest peer over ours with `kernels`, of the first peer without.
-    """
-    first, suffix = peers[0], "_kernels_ms" if kernels else "_ms"
-    heads = ["shape", "ours", *([] if kernels else ["kernels"]), *peers, "ratio", "bound"]
-    heads += ["ours f+b", *(f"{p} f+b" for p in peers), "ratio f+b", f"MB ours / {first}", f"MB f+b ours / {first}"]
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-
-    def ms(row: dict[str, Any], key: str) -> str:
-        return f"{row[key]:.3f}" if key in row else "-"
-
-    def ratio(row: dict[str, Any], way: str) -> str:
-        return f"{peer_ms(row, peers, way, suffix) / row[f'ours_{way}{suffix}']:.1f}x"
-
-    for row in rows:
-        alone = row["ours_fwd_kernels_ms"]
-        cells = [
-            row["shape"],
-            ms(row, f"ours_fwd{suffix}"),
-            *([] if kernels else [ms(row, "ours_fwd_kernels_ms")]),
-            *(ms(row, f"{p}_fwd{suffix}") for p in peers),
-            ratio(row, "fwd"),
-            f"{row['floor_ms']:.3f} ({alone / row['floor_ms']:.1f}x)",
-            ms(row, f"ours_both{suffix}"),
-            *(ms(row, f"{p}_both{suffix}") for p in peers),
-            ratio(row, "both"),
-            f"{row['ours_fwd_mb']:.0f} / {row[f'{first}_fwd_mb']:.0f}",
-            f"{row['ours_both_mb']:.0f} / {row[f'{first}_both_mb']:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def peer_ms(row: dict[str, Any], peers: list[str], way: str, suffix: str) -> float:
-    """What ratios are taken against: the first peer, or the fastest whose kernels were timed."""
-    if suffix == "_ms":
-        return row[f"{peers[0]}_{way}_ms"]
-    return min(row[f"{p}_{way}{suffix}"] for p in peers if f"{p}_{way}{suffix}" in row)
-
-
 def main() -> None:
     """Parse the flags, measure all shapes, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operator", choices=OPERATORS)
     parser.add_argument("--shapes", default="table", help="group of shapes of the operator's module (default: table)")
-    parser.add_argument("--peers", nargs="+", help="peers to run (default: all); the first is what ratios are against")
+    parser.add_argument("--peers", nargs="+", help="peers to run (default: all)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--kernels", action="store_true", help="compare kernels alone: all sides as CUDA graphs")
     parser.add_argument("--json", help="file for the results")
@@ -150,6 +103,8 @@ def main() -> None:
     if args.shapes not in operator.SHAPES:
         parser.error(f"--shapes {args.shapes}: use one of {', '.join(operator.SHAPES)}")
     about = {
+        "command": command(),
+        "operator": args.operator,
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -157,27 +112,19 @@ def main() -> None:
         "dtype": args.dtype,
     }
     rows: list[dict[str, Any]] = []
-    names: list[str] = []
     for shape in operator.SHAPES[args.shapes]:
         torch._dynamo.reset()  # each shape is compiled for itself
         case = operator.case(shape, getattr(torch, args.dtype))
         chosen = args.peers or list(case.peers)
-        names += [p for p in chosen if p in case.peers and p not in names]
         row = measure(case, chosen, args.kernels)
         rows.append(row)
         times = f"{row['ours_fwd_ms']:.3f} / {row['ours_both_ms']:.3f}"
         print(f"{row['shape']}: ours {times} ms {row['failed'] or ''}", flush=True)
-        suffix = "_kernels_ms" if args.kernels else "_ms"
-        ratios = {
-            way: mean([peer_ms(r, names, way, suffix) / r[f"ours_{way}{suffix}"] for r in rows])
-            for way in ("fwd", "both")
-        }
         if args.json:  # after every shape: a long run that is stopped leaves what it has
-            with open(args.json, "w") as file:
-                json.dump({"about": about, "geometric_means": ratios, "rows": rows}, file, indent=1)
-    print(f"\n{about}\n\n{table(rows, names, args.kernels)}\n")
-    against = "the fastest peer" if args.kernels else names[0]
-    print(f"geometric mean against {against}: forward {ratios['fwd']:.1f}x, forward + backward {ratios['both']:.1f}x")
+            write(args.json, about, rows)
+    print(f"\n{about}\n\n{operator_table(rows, 'fwd')}\n\n{operator_table(rows, 'both')}\n")
+    ratios = ", ".join(f"{WAYS[way]} {value:.1f}x" for way, value in means(rows).items())
+    print(f"geometric means against {against(rows)}: {ratios}")
 
 
 if __name__ == "__main__":

@@ -4,16 +4,15 @@
 
 Layers are those of timm's halonet_h1 and halonet50ts at 256 px, models halonet_50ts and timm's halonet50ts. Both sides
 run in turns, the fastest of the repetitions counts; time is per image, peak memory what torch's allocator hands out
-during one call. "All layers" adds the times of a network's attention layers and takes the largest peak.
+during one call. "Halo layers of" a network adds the times of its attention layers and takes the largest peak.
 """
 
 import argparse
-import json
 from typing import Any
 
 import timm
 import torch
-from comparison import compare
+from comparison import about_cpu, compare, write
 from timm.layers.halo_attn import HaloAttn
 from torch import nn
 
@@ -40,10 +39,9 @@ FIGURES = ("theirs_ms", "ours_ms", "theirs_mib", "ours_mib")
 
 def report(name: str, mode: str, row: dict[str, float]) -> None:
     """One line of the table."""
-    faster, leaner = row["theirs_ms"] / row["ours_ms"], row["theirs_mib"] / row["ours_mib"]
     print(
-        f"{name:40s} {mode:16s} {row['theirs_ms']:9.2f} {row['ours_ms']:9.2f} {faster:7.2f}x"
-        f" {row['theirs_mib']:9.1f} {row['ours_mib']:9.1f} {leaner:7.2f}x",
+        f"{name:40s} {mode:18s} {row['theirs_ms']:9.2f} {row['ours_ms']:9.2f} {row['time_ratio']:7.2f}x"
+        f" {row['theirs_mib']:9.1f} {row['ours_mib']:9.1f} {row['memory_ratio']:7.2f}x",
         flush=True,
     )
 
@@ -60,15 +58,17 @@ def main() -> None:
     torch.manual_seed(0)
     results: list[dict[str, Any]] = []
 
-    def run(name: str, theirs: nn.Module, ours: nn.Module, shape: tuple[int, ...], backward: bool) -> dict[str, float]:
-        mode = "forward+backward" if backward else "forward"
+    def run(
+        name: str, theirs: nn.Module, ours: nn.Module, shape: tuple[int, ...], backward: bool, single_layer: bool
+    ) -> dict[str, float]:
+        mode = "forward + backward" if backward else "forward"
         x = torch.randn(args.batch_size, *shape, requires_grad=backward)
         row = compare(theirs.train(backward), ours.train(backward), x, backward, args.repeat)
         report(name, mode, row)
-        results.append({"name": name, "mode": mode, **row})
+        results.append({"name": name, "mode": mode, "single_layer": single_layer, **row})
         return row
 
-    print(f"{'':57s} {'timm ms':>9s} {'ours ms':>9s} {'':8s} {'timm MiB':>9s} {'ours MiB':>9s}")
+    print(f"{'':59s} {'timm ms':>9s} {'ours ms':>9s} {'':8s} {'timm MiB':>9s} {'ours MiB':>9s}")
     for backward in (False, True):
         for network, layers in NETWORKS.items():
             total = dict.fromkeys(FIGURES, 0.0)
@@ -76,17 +76,19 @@ def main() -> None:
                 theirs = HaloAttn(dim, num_heads=heads, stride=stride)
                 ours = HaloAttention(dim, num_heads=heads, stride=stride)
                 name = f"{network}: {dim} ch, {heads} heads, {side}x{side}, stride {stride}"
-                row = run(name, theirs, ours, (dim, side, side), backward)
+                row = run(name, theirs, ours, (dim, side, side), backward, True)
                 for key in total:
                     total[key] = max(total[key], row[key]) if key.endswith("mib") else total[key] + count * row[key]
-            report(f"{network}: all layers", "forward+backward" if backward else "forward", total)
-            results.append({"name": f"{network}: all layers", "mode": results[-1]["mode"], **total})
+            for unit, kind in (("ms", "time"), ("mib", "memory")):
+                total[f"{kind}_ratio"] = total[f"theirs_{unit}"] / total[f"ours_{unit}"]
+            name, mode = f"halo layers of `{network}`", results[-1]["mode"]
+            report(name, mode, total)
+            results.append({"name": name, "mode": mode, **total})
     for backward in (False, True):
         pair = timm.create_model("halonet50ts"), timm.create_model("halonet_50ts")
-        run("halonet_50ts", *pair, (3, 256, 256), backward)
+        run("whole `halonet_50ts`", *pair, (3, 256, 256), backward, False)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"torch": torch.__version__, "arguments": vars(args), "results": results}, file, indent=1)
+        write(args.json, about_cpu(args), results)
 
 
 if __name__ == "__main__":

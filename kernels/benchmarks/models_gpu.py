@@ -10,7 +10,6 @@ backward and fused AdamW. Medians of ``triton.testing.do_bench``.
 
 import argparse
 import datetime
-import json
 import sys
 import time
 from typing import Any
@@ -19,7 +18,9 @@ import timm
 import torch
 import torch.nn.functional as F
 import triton
+from comparison import command, write
 from comparison.gpu import median_ms
+from comparison.tables import model_table
 from visattn_kernels import use_backend
 
 import visattn  # noqa: F401  registers the models
@@ -75,27 +76,21 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device; this script measures on one")
     about = {
+        "command": command(),
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "timm": timm.__version__,
         "date": datetime.date.today().isoformat(),
     }
-    print(f"{about}\n\n| model | px | backend | mode | inference, images/s | training, images/s | peak GiB |")
-    print("|---|---:|---|---|---:|---:|---:|")
-    rows = []
+    print(about)
+    rows: list[dict[str, Any]] = []
     for spec in args.models:
-        row = measure(spec, args.batch_size)
-        rows.append(row)
-        print(
-            f"| `{row['model']}` | {row['size']} | {row['backend']} | {row['mode']} "
-            f"| {row['inference_images_per_s']:,.0f} | {row['training_images_per_s']:,.0f} "
-            f"| {row['inference_peak_gib']:.1f} / {row['training_peak_gib']:.1f} |",
-            flush=True,
-        )
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"about": about, "rows": rows}, file, indent=1)
+        rows.append(measure(spec, args.batch_size))
+        print(model_table(rows[-1:]).splitlines()[-1], flush=True)
+        if args.json:  # after every model: a long run that is stopped leaves what it has
+            write(args.json, about, rows)
+    print(f"\n{model_table(rows)}")
 
 
 if __name__ == "__main__":

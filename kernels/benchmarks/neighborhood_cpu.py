@@ -8,13 +8,12 @@ fastest of the repetitions counts; time is per image, peak memory what torch's a
 """
 
 import argparse
-import json
 import time
 import warnings
 from typing import Any
 
 import torch
-from comparison import caller, compare, peak_bytes
+from comparison import about_cpu, caller, compare, peak_bytes, write
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from visattn_kernels import neighborhood_attention
@@ -100,13 +99,12 @@ def main() -> None:
         name = f"{side}x{side}, {heads} heads, kernel {kernel_size}, dilation {dilation}"
         results.append({"name": name, **row})
         print(
-            f"{name:44s} {row['theirs_ms']:9.1f} {row['ours_ms']:9.1f} {row['theirs_ms'] / row['ours_ms']:7.1f}x"
+            f"{name:44s} {row['theirs_ms']:9.1f} {row['ours_ms']:9.1f} {row['time_ratio']:7.1f}x"
             f" {row['theirs_mib']:9.1f} {row['ours_mib']:9.1f} {row['memory_ratio']:7.1f}x {row['training_ms']:8.1f}",
             flush=True,
         )
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"torch": torch.__version__, "arguments": vars(args), "results": results}, file, indent=1)
+        write(args.json, about_cpu(args), results)
 
 
 if __name__ == "__main__":

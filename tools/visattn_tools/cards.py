@@ -110,9 +110,10 @@ def _speed(names: list[str], measured: dict[str, Any]) -> str:
                 f"{'compiled by ' + f['compiled'] if f.get('compiled') else 'eager'}, {f['date']}"
             )
             runs += [run] if run not in runs else []
+            beside = f"{f['ratio_to_peer']:.2f} | `{f['peer']}`" if "peer" in f else " | "
             rows.append(
-                f"| `{name}` | {bench} | {f['images_per_second']:,.0f} | {f['batch_size']} | {f['ratio_to_peer']:.2f} "
-                f"| `{f['peer']}` | {runs.index(run) + 1} |"
+                f"| `{name}` | {bench} | {f['images_per_second']:,.0f} | {f['batch_size']} | {beside} "
+                f"| {runs.index(run) + 1} |"
             )
     if not rows:
         return ""

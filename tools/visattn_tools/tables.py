@@ -1,7 +1,8 @@
-"""The model table of the README and the model cards, from measured and reported figures.
+"""Every page and table that shows figures, from the files that hold them: ``tools/make_tables.py``.
 
-``tools/benchmark.py`` writes ``model_cards/results``; ``model_cards/reported.json`` holds what authors report, each
-family with its source. Nothing else puts a figure into the README or a card.
+``tools/benchmark.py`` writes ``model_cards/results``, the scripts of ``kernels/benchmarks`` its ``results``;
+``model_cards/reported.json`` holds what authors report, each family with its source. Nothing else puts a figure into
+these pages.
 """
 
 import json
@@ -9,59 +10,55 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import digits_table, kernel_tables, scaling
 from .cards import card
 from .cli import Parser, UserError
 from .files import write_text
+from .model_tables import main_table, model_table, page
 from .results import measured as measured_figures
 
 ROOT = Path(__file__).parents[2]
-START, END = "<!-- models: written by tools/make_tables.py -->", "<!-- /models -->"
 
 
-def _read(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "model_cards" / name).read_text(encoding="utf-8"))
+def fill(path: Path, blocks: dict[str, str]) -> str:
+    """The text of a page with its blocks renewed.
 
-
-def model_table(families: dict[str, Any], measured: dict[str, Any]) -> str:
-    """Markdown rows of all models of `families`.
+    Args:
+        path: The page.
+        blocks: By name the text between the lines ``<!-- NAME: written by tools/make_tables.py -->`` and
+            ``<!-- /NAME -->``.
 
     Raises:
-        UserError: A model has not been measured.
+        UserError: The page has no place for a block, or one for a block that there is not.
     """
-    lines = [
-        "| model | parameters (M) | GMACs | at | top-1 % (reported) | source |",
-        "|---|---:|---:|---|---:|---|",
-    ]
-    for family in families.values():
-        for name, facts in family["models"].items():
-            if name not in measured:
-                raise UserError(
-                    f"{name} is not in model_cards/results/count.json; run tools/benchmark.py {name} --output it"
-                )
-            figures = measured[name]["count"]
-            side = "x".join(map(str, figures["input_size"][1:]))
-            reported = facts.get("top1")
-            source = facts.get("source", family["source"]) if reported else facts.get("note", "")
-            lines.append(
-                f"| `{name}` | {figures['params'] / 1e6:.2f} | {figures['gmacs']:.3f} | {side} "
-                f"| {'' if reported is None else f'{reported:.1f}'} | {source} |"
-            )
-    return "\n".join(lines)
+    text, written = path.read_text(encoding="utf-8"), ": written by tools/make_tables.py -->"
+    for name, block in blocks.items():
+        start, end = f"<!-- {name}{written}\n", f"<!-- /{name} -->"
+        if start not in text or end not in text.split(start, 1)[1]:
+            raise UserError(f"{path.name} has no place for {name}: a line {start.strip()!r} and a line {end!r}")
+        before, rest = text.split(start, 1)
+        text = f"{before}{start}{block}\n{end}{rest.split(end, 1)[1]}"
+    places = [line.split(written)[0].removeprefix("<!-- ") for line in text.splitlines() if line.endswith(written)]
+    if unknown := [name for name in places if name not in blocks]:
+        raise UserError(f"{path.name} has a place for {', '.join(unknown)}, of which there are no figures")
+    return text
 
 
 def pages() -> dict[Path, str]:
     """Path and content of every page that holds figures."""
-    families, measured = _read("reported.json"), measured_figures()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if START not in text or END not in text:
-        raise UserError(f"README.md has no place for the table: a line {START!r} and a line {END!r}")
-    before, rest = text.split(START, 1)
-    after = rest.split(END, 1)[1]
-    out = {readme: f"{before}{START}\n{model_table(families, measured)}\n{END}{after}"}
+    families: dict[str, dict[str, Any]] = json.loads((ROOT / "model_cards/reported.json").read_text(encoding="utf-8"))
+    measured = measured_figures()
+    readme, kernels = ROOT / "README.md", ROOT / "kernels" / "README.md"
+    out = {
+        readme: fill(readme, {"models": main_table(families, measured), "kernels": kernel_tables.summary()}),
+        kernels: fill(kernels, kernel_tables.blocks()),
+        ROOT / "model_cards" / "README.md": page(families, measured),
+        digits_table.RECIPES / "README.md": digits_table.page(digits_table.read_results()),
+    }
     for key, family in families.items():
         out[ROOT / "model_cards" / f"{key}.md"] = card(key, family, measured, model_table({key: family}, measured))
-    return out
+    path, text = scaling.page()
+    return out | {path: text}
 
 
 def main(argv: Sequence[str] | None) -> None:
@@ -72,11 +69,13 @@ def main(argv: Sequence[str] | None) -> None:
     """
     parser = Parser(prog="make_tables.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is out of date")
-    args = parser.parse_args(argv)
-    stale = [p for p, text in pages().items() if not p.exists() or p.read_text(encoding="utf-8") != text]
-    if args.check and stale:
-        names = ", ".join(str(p.relative_to(ROOT)) for p in stale)
-        raise UserError(f"out of date: {names}; run python tools/make_tables.py")
+    args = parser.parse(argv)
+    made = pages()
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if args.check:
+        if found := [str(path.relative_to(ROOT)) for path in stale]:
+            raise UserError(f"out of date: {', '.join(found)}; run python tools/make_tables.py")
+        return
     for path in stale:
-        write_text(path, pages()[path])
+        write_text(path, made[path])
         print(f"wrote {path.relative_to(ROOT)}")

@@ -1,9 +1,17 @@
-"""Time and peak memory of two modules that compute the same, in one process and in turns."""
+"""Time and peak memory of two modules that compute the same, in one process and in turns; files of figures."""
 
+import argparse
+import datetime
+import json
+import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -64,3 +72,41 @@ def compare(theirs: nn.Module, ours: nn.Module, x: Tensor, backward: bool, repea
     row["time_ratio"] = statistics.median(t / o for t, o in zip(times["theirs"], times["ours"]))
     row |= {f"{name}_mib": peak_bytes(call) / 2**20 for name, call in calls.items()}
     return row | {"memory_ratio": row["theirs_mib"] / row["ours_mib"]}
+
+
+def command() -> str:
+    """The command that runs, without the place of its results."""
+    words = sys.argv[1:]
+    if "--json" in words:
+        at = words.index("--json")
+        del words[at : at + 2]
+    return " ".join(["python", f"kernels/benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def about_cpu(args: argparse.Namespace) -> dict[str, Any]:
+    """What figures of a CPU belong to; `args` has ``threads`` and ``batch_size``."""
+    return {
+        "command": command(),
+        "hardware": processor(),
+        "threads": args.threads,
+        "batch_size": args.batch_size,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write(path: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write the figures of a script, which ``tools/make_tables.py`` shows once they lie in ``results``."""
+    with open(path, "w") as file:
+        json.dump({"about": about, "rows": rows}, file, indent=1)
+        file.write("\n")
