@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
 from pathlib import Path
 
 import pytest
+import run_all
 import timm_tests
 from runner import MAP_TESTS, SIZE_SKIP, TOKEN_TESTS, Result, run_model
 
@@ -112,3 +114,8 @@ def test_without_the_archive_the_remedy_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(timm_tests.TimmTestsUnavailableError, match=r"(?s)Remedy: with a network, run .*sha256"):
         timm_tests.timm_tests(cache, requirement)
+
+
+def test_the_page_shows_the_results() -> None:
+    document = json.loads(run_all.RESULTS.read_text())
+    assert run_all.TABLE.read_text(encoding="utf-8") == run_all.table(document["models"], document["code"])
