@@ -85,38 +85,37 @@ def test_a_source_has_an_address(source: str, url: str) -> None:
 def test_speed_and_converted_files_are_shown_where_there_are_some() -> None:
     run = {"hardware": "NVIDIA H200", "torch": "2.11.0", "dtype": "bfloat16 autocast", "date": "2026-11-26"}
     run |= {"channels_last": True, "compiled": "", "batch_size": 128, "peer": "davit_tiny"}
+    run |= {"peer_images_per_second": 5689.2}
     figures = copy.deepcopy(MEASURED)
     figures["davit_t"]["inference"] = run | {"images_per_second": 12345.6, "ratio_to_peer": 2.17}
-    figures["davit_t"]["count"]["activations_m"] = 26.1
     family = copy.deepcopy(REPORTED["davit"])
     file = {"file": "davit_t.safetensors", "sha256": "a" * 64, "from": "davit_tiny.pth", "from_sha256": "b" * 64}
     family["models"]["davit_t"]["converted"] = [file]
-    text = card("davit", family, figures, "")
-    assert "| `davit_t` | inference | 12,346 | 128 | 2.17 | `davit_tiny` | 1 |" in text
-    assert "1. NVIDIA H200, torch 2.11.0, bfloat16 autocast, channels last, eager, 2026-11-26" in text
-    assert "`davit_t` 26.10" in text
+    text = card("davit", family, figures)
+    assert "| `davit_t` | 12,346 | `davit_tiny` | 5,689 | 2.17x | 128 |" in text
+    assert "Inference: NVIDIA H200, bfloat16 autocast, channels last, eager, torch 2.11.0, 2026-11-26." in text
     assert "a" * 64 in text
     assert "b" * 64 in text
     assert "No file has been converted" not in text
-    assert "No file has been converted" in card("davit", REPORTED["davit"], MEASURED, "")
+    assert "No file has been converted" in card("davit", REPORTED["davit"], MEASURED)
 
 
 def test_a_card_follows_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """A figure that changes where it comes from changes the card, so that the check of the pages finds it."""
     family = copy.deepcopy(REPORTED["davit"])
-    text = card("davit", family, MEASURED, "")
+    text = card("davit", family, MEASURED)
     assert text.count("value: 82.8") == 1
     assert "box AP 45.0" in text
     assert "| [davit_t](../configs/imagenet/davit_t.yaml) | `davit_t` | 300 |" in text
     family["models"]["davit_t"]["top1"] = 82.9
-    assert "value: 82.8" not in card("davit", family, MEASURED, "")
+    assert "value: 82.8" not in card("davit", family, MEASURED)
     dense = copy.deepcopy(dense_models("davit"))
     dense[0]["Results"][0]["Metrics"]["box AP"] = 45.1
     monkeypatch.setattr(cards, "dense_models", lambda key: dense)
-    assert "box AP 45.0" not in card("davit", family, MEASURED, "")
+    assert "box AP 45.0" not in card("davit", family, MEASURED)
     path = ROOT / "configs" / "imagenet" / "davit_t.yaml"
     monkeypatch.setattr(cards, "_recipes", lambda: {path: read_settings(path) | {"epochs": 301}})
-    assert "`davit_t` | 301 |" in card("davit", family, MEASURED, "")
+    assert "`davit_t` | 301 |" in card("davit", family, MEASURED)
 
 
 def test_the_check_of_the_pages_fails_for_one_changed_count(monkeypatch: pytest.MonkeyPatch) -> None:

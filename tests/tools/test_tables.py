@@ -37,12 +37,12 @@ def test_a_model_without_figures_is_named():
     with pytest.raises(
         UserError, match=r"biformer_t is not in model_cards/results/count.json; run tools/benchmark.py biformer_t"
     ):
-        model_table(REPORTED, {})
+        model_table(REPORTED["biformer"], {})
 
 
 def test_card_names_paper_code_and_limits():
     family = REPORTED["biformer"]
-    text = card("biformer", family, MEASURED, model_table({"biformer": family}, MEASURED))
+    text = card("biformer", family, MEASURED)
     assert "https://arxiv.org/abs/2303.08810" in text
     assert family["commit"] in text
     assert all(limit in text for limit in family["limits"])

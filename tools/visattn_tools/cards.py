@@ -17,18 +17,18 @@ import visattn  # noqa: F401  registers the models
 
 from .config import read_settings
 from .front_matter import front_matter, reported_results
+from .model_tables import model_table, runs, speed_table
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def card(key: str, family: dict[str, Any], measured: dict[str, Any], table: str) -> str:
+def card(key: str, family: dict[str, Any], measured: dict[str, Any]) -> str:
     """The model card of one family, in the layout of the Hugging Face hub.
 
     Args:
         key: Its name in ``model_cards/reported.json``.
         family: Its entry there.
         measured: Figures of our own, by model.
-        table: Markdown table of the family's models.
     """
     names = list(family["models"])
     first = measured[names[0]]["count"]
@@ -43,12 +43,11 @@ def card(key: str, family: dict[str, Any], measured: dict[str, Any], table: str)
         _use(key, names[0]),
         f"""## Models
 
-{table}
+{model_table(family, measured)}
 
 Parameters and GMACs are measured by `tools/benchmark.py` (torch {first["torch"]}, {first["date"]};
-GMACs are half the FLOPs of convolutions and matrix products for one image). Top-1 is ImageNet-1k validation accuracy as
-reported; we have not re-measured it.""",
-        _activations(names, measured),
+GMACs are half the FLOPs of convolutions and matrix products for one image, activations what these put out). Top-1 is
+ImageNet-1k validation accuracy as reported; we have not re-measured it.""",
         _speed(names, measured),
         *[_compute_points(name, measured[name]) for name in names if "compute_points" in measured[name]],
         _dense(key),
@@ -83,51 +82,21 @@ features = timm.create_model("{name}", features_only=True)
 ```"""
 
 
-def _activations(names: list[str], measured: dict[str, Any]) -> str:
-    """Activations of the models whose results have them."""
-    counts = {
-        name: figures["activations_m"]
-        for name in names
-        for figures in (measured[name]["count"], measured[name].get("profile", {}))
-        if "activations_m" in figures
-    }
-    if not counts:
-        return ""
-    listed = ", ".join(f"`{name}` {count:.2f}" for name, count in counts.items())
-    return f"Millions of activations (outputs of convolutions and matrix products) for one image: {listed}."
-
-
 def _speed(names: list[str], measured: dict[str, Any]) -> str:
-    rows, runs = [], []
-    for name in names:
-        for bench in ("inference", "training"):
-            if bench not in measured[name]:
-                continue
-            f = measured[name][bench]
-            run = (
-                f"{f['hardware']}, torch {f['torch']}, {f['dtype']}, "
-                f"{'channels last, ' if f.get('channels_last') else ''}"
-                f"{'compiled by ' + f['compiled'] if f.get('compiled') else 'eager'}, {f['date']}"
-            )
-            runs += [run] if run not in runs else []
-            beside = f"{f['ratio_to_peer']:.2f} | `{f['peer']}`" if "peer" in f else " | "
-            rows.append(
-                f"| `{name}` | {bench} | {f['images_per_second']:,.0f} | {f['batch_size']} | {beside} "
-                f"| {runs.index(run) + 1} |"
-            )
-    if not rows:
+    table = speed_table(names, measured)
+    if not table:
         return ""
-    return "\n".join(
+    about = []
+    for bench in ("inference", "training"):
+        records = [measured[name][bench] for name in names if bench in measured[name]]
+        about += [f"{bench.capitalize()}: {runs(records)}."] if records else []
+    return "\n\n".join(
         [
             "### Speed",
-            "",
-            "| model | what | images/s | batch | times the peer | peer | run |",
-            "|---|---|---:|---:|---:|---|---:|",
-            *rows,
-            "",
-            "Measured by `tools/benchmark.py`; model and peer take turns in every round. Runs:",
-            "",
-            *[f"{number}. {run}" for number, run in enumerate(runs, 1)],
+            "Medians of images per second, model and peer in turns in one run, measured by `tools/benchmark.py`. The\n"
+            "peer is the same architecture in timm, or a plain model of timm of nearly equal MACs.",
+            table,
+            " ".join(about),
         ]
     )
 

@@ -35,23 +35,22 @@ def _source(family: dict[str, Any], facts: dict[str, Any]) -> str:
     return facts.get("source", family["source"]) if "top1" in facts else facts.get("note", "")
 
 
-def model_table(families: Families, measured: Figures) -> str:
-    """Markdown rows of all models of `families`.
+def model_table(family: dict[str, Any], measured: Figures) -> str:
+    """Markdown rows of the models of a family.
 
     Raises:
-        UserError: A model has not been measured.
+        UserError: A model has not been counted.
     """
     lines = [
-        "| model | parameters (M) | GMACs | at | top-1 % (reported) | source |",
-        "|---|---:|---:|---|---:|---|",
+        "| model | parameters (M) | GMACs | activations (M) | at | top-1 % (reported) | source |",
+        "|---|---:|---:|---:|---|---:|---|",
     ]
-    for family in families.values():
-        for name, facts in family["models"].items():
-            figures = counted(name, measured)
-            lines.append(
-                f"| `{name}` | {figures['params'] / 1e6:.2f} | {figures['gmacs']:.3f} | {_side(figures)} "
-                f"| {_top1(facts)} | {_source(family, facts)} |"
-            )
+    for name, facts in family["models"].items():
+        f = counted(name, measured)
+        lines.append(
+            f"| `{name}` | {f['params'] / 1e6:.2f} | {f['gmacs']:.3f} | {f['activations_m']:.2f} | {_side(f)} "
+            f"| {_top1(facts)} | {_source(family, facts)} |"
+        )
     return "\n".join(lines)
 
 
@@ -65,9 +64,9 @@ def _beside(record: Record | None) -> list[str]:
     return [speed, f"`{record['peer']}`", f"{record['peer_images_per_second']:,.0f}", f"{record['ratio_to_peer']:.2f}x"]
 
 
-def _runs(records: Sequence[Record]) -> str:
+def runs(records: Sequence[Record]) -> str:
     """Hardware, way of computing, versions and date, of every run once."""
-    runs = [
+    found = [
         ", ".join(
             [record["hardware"], record["dtype"]]
             + (["channels last"] if record["channels_last"] else [])
@@ -77,7 +76,7 @@ def _runs(records: Sequence[Record]) -> str:
         )
         for record in records
     ]
-    return "; ".join(dict.fromkeys(runs))
+    return "; ".join(dict.fromkeys(found))
 
 
 def main_table(families: Families, measured: Figures) -> str:
@@ -99,7 +98,7 @@ def main_table(families: Families, measured: Figures) -> str:
         sources += [f"{family['title']}: {', '.join(named)}"] if named else []
     text = f"Top-1 on ImageNet-1k as reported by others, not measured here. {'. '.join(sources)}."
     if records:
-        text += f" Images/s of inference, model and peer in turns in one run: {_runs(records)}."
+        text += f" Images/s of inference, model and peer in turns in one run: {runs(records)}."
     return "\n".join([*lines, "", text])
 
 
@@ -118,29 +117,18 @@ from `results/`."""
     for bench in ("inference", "training"):
         records = [figures[bench] for figures in measured.values() if bench in figures]
         if records:
-            parts.append(f"{bench.capitalize()}: {_runs(records)}.")
+            parts.append(f"{bench.capitalize()}: {runs(records)}.")
     for key, family in families.items():
         parts.append(f"## [{family['title']}]({key}.md)")
-        names = list(family["models"])
-        lines = [
-            "| model | parameters (M) | GMACs | activations (M) | at | top-1 % (reported) | source |",
-            "|---|---:|---:|---:|---|---:|---|",
-        ]
-        for name, facts in family["models"].items():
-            f = counted(name, measured)
-            lines.append(
-                f"| `{name}` | {f['params'] / 1e6:.2f} | {f['gmacs']:.3f} | {f['activations_m']:.2f} | {_side(f)} "
-                f"| {_top1(facts)} | {_source(family, facts)} |"
-            )
-        parts.append("\n".join(lines))
-        if speeds := _speeds(names, measured):
+        parts.append(model_table(family, measured))
+        if speeds := speed_table(list(family["models"]), measured):
             parts.append(speeds)
     if backends := _backends(load("backends")):
         parts.append(backends)
     return "\n\n".join(parts) + "\n"
 
 
-def _speeds(names: list[str], measured: Figures) -> str:
+def speed_table(names: list[str], measured: Figures) -> str:
     """Images per second of a family; empty if nothing was measured."""
     rows = []
     for name in names:
@@ -176,6 +164,6 @@ def _backends(records: list[Record]) -> str:
         cells = [f"{row[name]['images_per_second']:,.0f}" if name in row else "" for name in names]
         batch = ", ".join(dict.fromkeys(str(record["batch_size"]) for record in row.values()))
         lines.append(f"| `{model}` | {batch} | {' | '.join(cells)} |")
-    about = f"Images per second of inference by backend of the operators, in turns in one run: {_runs(records)}. "
+    about = f"Images per second of inference by backend of the operators, in turns in one run: {runs(records)}. "
     about += "Blank: an operator of the model has no such kernel."
     return "\n\n".join(["## Backends", about, "\n".join(lines)])

@@ -14,7 +14,7 @@ from . import digits_table, kernel_tables, scaling
 from .cards import card
 from .cli import Parser, UserError
 from .files import write_text
-from .model_tables import main_table, model_table, page
+from .model_tables import main_table, page
 from .results import measured as measured_figures
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def pages() -> dict[Path, str]:
         digits_table.RECIPES / "README.md": digits_table.page(digits_table.read_results()),
     }
     for key, family in families.items():
-        out[ROOT / "model_cards" / f"{key}.md"] = card(key, family, measured, model_table({key: family}, measured))
+        out[ROOT / "model_cards" / f"{key}.md"] = card(key, family, measured)
     path, text = scaling.page()
     return out | {path: text}
 
