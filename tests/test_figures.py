@@ -140,3 +140,37 @@ def test_the_registry_names_licence_code_and_paper_of_the_card(name: str) -> Non
     papers = [f"arXiv:{entry['eprint']}" for entry in family["citation"]]
     assert cfg.paper_ids is None or cfg.paper_ids in papers
     assert cfg.num_classes in (0, 10, 1000)
+
+
+UNITS = r"images/s|images per second|ms\b|s\b|seconds|[KMG]i?B\b|GMACs|TFLOP|M parameters|% (?:faster|less|top)"
+FIGURE = re.compile(rf"\d[\d,.]*(?:x\b|\s*(?:{UNITS}))")
+"""What looks measured: a number with a unit of speed, memory or accuracy."""
+NOTED = {"0.8 to 1.0 s", "2.0 to 2.5 s"}  # how long kernels compile: noted when it was seen, in no results file
+
+
+def hand_written(text: str) -> list[str]:
+    """Figures in the prose of a page, outside of what ``tools/make_tables.py`` writes and outside of code."""
+    text = re.sub(r"<!-- (\S+): written by .*?<!-- /\1 -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for known in NOTED:
+        text = text.replace(known, "")
+    return FIGURE.findall(text)
+
+
+@pytest.mark.parametrize("page", ["README.md", "kernels/README.md", "CONTRIBUTING.md"])
+def test_no_figure_is_written_by_hand(page: str) -> None:
+    """One that is wanted in prose goes into a block that is made from results."""
+    assert hand_written((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("`davit_t` runs at 13,713 images/s", ["13,713 images/s"]),
+        ("2.2x as fast, 5.9 ms, 12 MiB", ["2.2x", "5.9 ms", "12 MiB"]),
+        ("<!-- a: written by x -->\n13 ms\n<!-- /a -->\n7 ms", ["7 ms"]),
+        ("```\n13 ms\n```, 224x224 and Python 3.10", []),
+    ],
+)
+def test_what_counts_as_a_figure(text: str, found: list[str]) -> None:
+    assert hand_written(text) == found
