@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +42,37 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_together(path: Path, companion: str) -> Iterator[Path]:
+    """Write a file that may have another one beside it so that a block that fails leaves both as they were.
+
+    Args:
+        path: The file. The block writes ``folder / path.name`` into the folder that it is given.
+        companion: Name of the other one, which the block may write, too. If it does not, an old one is removed.
+
+    Raises:
+        UserError: The disk is full or the folder not writable.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield folder
+        written = [folder / name for name in (companion, path.name) if (folder / name).is_file()]
+        for file in written:
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+        for file in written:
+            os.replace(file, path.with_name(file.name))
+        if folder / companion not in written:
+            path.with_name(companion).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def previous_name(path: Path) -> Path:
