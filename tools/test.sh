@@ -5,6 +5,8 @@
 #   bash tools/test.sh -m "not contract" tests/layers      without timm's tests, one folder
 #   bash tools/test.sh -n 0 -x -k routing                  in one process, up to the first failure
 #   bash tools/test.sh --mm                                with OpenMMLab's, which it installs, after them
+#
+# As root on Debian it installs Chromium, for the tests of pages; elsewhere these are skipped where there is none.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 NEEDED+=(pytest pytest_timeout xdist ruff mypy)
 mm=0 venv=1 rest=()

@@ -35,6 +35,8 @@ def neighbour_view(block: int, grid: Grid, step: int) -> View:
     weights[0, rows, rows] += 0.125
     weights[0, :, count] += 0.125
     weights[1] = 1 / (count + 1)
+    if grid == COARSE:
+        weights[:, 3] = 0  # a token that was dropped before
     more = ("class token",)
     return View(f"stages.{block}.blocks.0.attn", "attention", weights, grid, grid, more, more, "A note.")
 
@@ -155,6 +157,10 @@ def test_layers_and_heads(browser: Browser) -> None:
     # The coarser layer is asked about the same place of the image.
     choose(browser, "layers", 2)
     assert text(browser, "where") == "Row 1, column 1"
+    hover(browser, 1, 1, rows=2)
+    assert (text(browser, "summary"), top(browser)) == ("Sees nothing here", [])
+    np.testing.assert_allclose(pixels(browser, COARSE), lit(torch.tensor([1.0, 0]))[[1] * 4], atol=4)
+    hover(browser, 0, 0, rows=2)
     press(browser, "h")
     assert text(browser, "what").endswith("all heads")
     press(browser, "PAGE_UP", "PAGE_UP", "PAGE_UP", "h")

@@ -217,7 +217,7 @@
       let half = 0;
       for (let sum = 0; sum < total / 2 && half < order.length; half++) sum += values[order[half]];
       const verb = state.reverse ? "is seen by" : "sees";
-      summary = `${verb} ${seen} of ${cells(shown)}; half of the weight lies on ${half}`;
+      summary = total ? `${verb} ${seen} of ${cells(shown)}; half of the weight lies on ${half}` : `${verb} nothing here`;
       top = order.slice(0, 5).filter((i) => values[i] > 0).map((i) => [place(i, shown, others), values[i]]);
       for (const [i, name] of others.entries()) {
         const value = values[cells(shown) + i];
