@@ -115,6 +115,26 @@ def test_every_element_is_written(name):
     assert all(x.isfinite().all() for x in results)
 
 
+def test_gradient_of_biases_of_more_than_32_bits_of_pairs():
+    """Only the end of a long map has a gradient: the table's equals that of the end alone."""
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs 20 GB of free memory")
+    torch.manual_seed(0)
+    length, kernel, end = 2_200_000, 1001, 4000
+    q, k, v = torch.randn(3, 1, length, 1, 16, device="cuda", dtype=torch.float16)
+    table = torch.randn(1, 2 * kernel - 1, device="cuda", dtype=torch.float16)
+
+    def gradient(tokens):
+        leaf = table.clone().requires_grad_()
+        maps = [x[:, -tokens:].detach().requires_grad_() for x in (q, k, v)]
+        out = vk.neighborhood_attention(*maps, kernel, rel_pos_bias=leaf, backend="triton")
+        out[:, -end // 2 :].float().square().sum().backward()
+        return leaf.grad.double()
+
+    whole, alone = gradient(length), gradient(end)
+    assert float((whole - alone).norm() / alone.norm()) < 1e-2
+
+
 def test_offsets_past_32_bits():
     """A batch of more than 2^31 elements; its last images equal those computed alone."""
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:

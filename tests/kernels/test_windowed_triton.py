@@ -9,6 +9,9 @@ from poison import poisoned_memory
 
 pytest.importorskip("triton")
 
+from visattn_kernels.neighborhood import triton_bias
+from visattn_kernels.neighborhood.triton_tiling import Windows, key_tiling, query_tiling
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -44,6 +47,19 @@ CASES = {
     "three axes": {"grid": (3, 4, 5), "B": 1, "geometry": ([3, 2, 3], [1, 1, 2], [1, 2, 1], [True, False, False])},
     "shared keys, wide heads": {"B": 1, "heads": (4, 2), "dims": (96, 72)},
     "biases": {"bias": True, "grid": (6, 9), "geometry": ([3, 4], [1, 2], [2, 1], [False, False])},
+    "biases of several boxes": {
+        "bias": True,
+        "B": 1,
+        "grid": (5, 37),
+        "geometry": ([3, 5], [1, 1], [1, 1], [False, False]),
+    },
+    "biases of unequal groups": {
+        "bias": True,
+        "B": 1,
+        "grid": (3, 25),
+        "geometry": ([2, 5], [1, 1], [1, 2], [False, False]),
+    },
+    "biases, causal": {"bias": True, "B": 1, "grid": (4, 13), "geometry": ([4, 6], [2, 3], [1, 1], [False, True])},
     "padding": {"padded": True, "bias": True, "grid": (3, 7), "geometry": ([3, 5], [1, 1], [2, 2], [False, False])},
     "additional keys": {"extra": 20, "B": 1, "grid": (3, 4), "geometry": ([3, 3], [2, 1], [1, 1], [False, False])},
     "no additional key": {"extra": 0, "B": 1},
@@ -68,6 +84,37 @@ def test_any_neighborhood_equals_the_reference(problem):
 def test_gradient_without_that_of_the_log_sum_exp():
     problem = {**PLAIN, "B": 1}
     check(lambda x, backend: call(x, problem["geometry"], backend, return_lse=False), make(problem))
+
+
+@pytest.mark.parametrize("of_keys", [False, True])
+@pytest.mark.parametrize("length", [7, 40, 61, 130])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "causal"), [(7, 1, 1, False), (6, 3, 1, False), (5, 2, 3, True)]
+)
+def test_boxes_of_a_kind_meet_the_same_biases(kernel, stride, dilation, causal, length, of_keys):
+    windows = Windows(
+        (1, 1, kernel), (1, 1, stride), (1,) * 3, (0,) * 3, (1, 1, dilation), (False, False, causal), True, False, 1
+    )
+    grid = (1, 1, length)
+    way = key_tiling(grid, windows, 16, 2, True) if of_keys else query_tiling(grid, grid, windows, 16, 2)
+    left, right, whole, kinds, _ = triton_bias._kinds(length, length, windows, way, of_keys)
+    tiles, size = way.tiles[2], way.box[2]
+    found: dict[int, object] = {}
+    for group in range(min(length, dilation)):
+        members = -(-(length - group) // dilation)
+        for i in range(tiles):
+            kind = min(i, left) + max(i - (tiles - 1 - right), 0) + (left + 1 + right if group >= whole else 0)
+            assert kind < kinds
+            box = triton_bias._box(i * size, size, members, max(members, kernel), windows, of_keys)
+            assert found.setdefault(kind, box) == box
+
+
+def test_gradient_of_biases_some_images_at_a_time(monkeypatch):
+    geometry = ([3, 3], [1, 1], [1, 1], [False, False])
+    x = make({**PLAIN, "B": 3, "grid": (3, 4), "bias": True, "geometry": geometry})
+    image = 3 * 4 * 2 * 9 * 4  # bytes of the gradients of its logits
+    monkeypatch.setattr("visattn_kernels.neighborhood.triton_bias.MOST_BYTES", 2 * image)
+    check(lambda y, backend: call(y, geometry, backend), x)
 
 
 def test_strided_maps_and_cotangents():

@@ -1,10 +1,11 @@
 """Fused backward of windowed attention, without float atomics: bit-identical from run to run.
 
 Gradients of queries walk over the box of keys, as the forward does. Those of keys and values are in
-``triton_bwd_keys``, those of biases and of additional keys in ``triton_bwd_shared``.
+``triton_bwd_keys``, those of biases in ``triton_bias``, those of additional keys in ``triton_bwd_shared``.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,31 +15,22 @@ from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta
 from ..triton_tiles import LOG2E, load_tokens
+from .triton_bias import BiasRows, bias_rows, images_at_a_time, kind_of_box, sum_by_offset
 from .triton_bwd_keys import na_bwd_dkv_kernel
-from .triton_bwd_shared import bias_gradient, extra_gradients
-from .triton_fwd import (
-    HIDDEN,
-    across,
-    axis_of_tile,
-    on_axis,
-    prepare,
-    rows_of_box,
-    rows_seen,
-    shared_constants,
-    strides_of,
-    three_axes,
-    unaligned,
-)
+from .triton_bwd_shared import extra_gradients
+from .triton_fwd import prepare, shared_constants, strides_of, three_axes
+from .triton_geometry import HIDDEN, across, axis_of_tile, on_axis, rows_of_box, rows_seen, unaligned
 from .triton_tiling import Windows, key_tiling, query_tiling
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
-                               "heads", "group", "extra"])  # fmt: skip
+                               "heads", "group", "extra", "left", "right", "whole", "kinds"])  # fmt: skip
 def na_bwd_dq_kernel(
-    g, q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, out, lse, grad_lse, delta, dq, drel, compact,
+    g, q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, out, lse, grad_lse, delta, dq, drel, compact, pairs,
     g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, scale_log2, scale,
-    HAS_GRAD_LSE: tl.constexpr,
+    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, left, right, whole, kinds,
+    scale_log2, scale,
+    HAS_GRAD_LSE: tl.constexpr, MANY_PAIRS: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
@@ -49,10 +41,11 @@ def na_bwd_dq_kernel(
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a box of queries and of their position terms; also writes delta, the product of output and its
-    gradient less the gradient of the log-sum-exp, per query."""
+    gradient less the gradient of the log-sum-exp, per query, and with biases the gradients of logits (image, head,
+    query, key of its window)."""
     pid = tl.program_id(0)
     head = pid % heads
     pid = pid // heads
@@ -88,9 +81,18 @@ def na_bwd_dq_kernel(
         row_delta -= tl.load(grad_lse + at, mask=there, other=0.0)
     tl.store(delta + at, row_delta, mask=there)
     row_lse = tl.load(lse + at, mask=there, other=float("inf")) * 1.4426950408889634
-    # Where the bias of a pair stands: key minus query. Around the table there is room for pairs that are not seen.
-    entry_m = ((p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1) * (2 * K2 - 1) + p2 - K2 + 1
-    table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
+    if HAS_BIAS:  # a row per offset on the first two axes, see triton_bias
+        row_m = (p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1
+        row_m = tl.where(there, row_m, row_m - m // (T1 * T2) * (2 * K1 - 1) - m // T2 % T1)
+        bias += (head * kinds + kind_of_box(c2, N2, left, right, whole)) * (
+            ((2 * K0 - 1) * (2 * K1 - 1) + 2 * ROOM) * T2 * WIDTH
+        )
+        bias_m = OFF + m % T2 * WIDTH + (ROOM - row_m) * (T2 * WIDTH)
+        pairs += (b * heads + head) * (Q0 * Q1 * Q2) * (K0 * K1 * K2)
+        query = (y0 * Q1 + y1) * Q2 + y2
+        if MANY_PAIRS:
+            query = query.to(tl.int64)
+        slot_m = query * (K0 * K1 * K2) - (first0 * K1 + first1) * K2 - first2
     # Where the position terms of a query start, from the first row and the first column of its window on.
     row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * unaligned(p1 % S1)
     column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * unaligned(p2 % S2)
@@ -106,7 +108,7 @@ def na_bwd_dq_kernel(
         seen2 = there2[None, :]
         if MASK_OUTSIDE:
             seen2 = seen2 & inside2[None, :]
-        if not FULL2:
+        if not FULL2 and not HAS_BIAS:
             seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
         column = tl.where(seen2, 0.0, HIDDEN)
         if HAS_REL:
@@ -142,12 +144,16 @@ def na_bwd_dq_kernel(
                 first1[:, None], stop1[:, None], FULL0, FULL1,
             )  # fmt: skip
             if HAS_BIAS:
-                entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
-                s += tl.load(table + entry_n[None, :] - entry_m[:, None])
+                row_n = tl.where(there1, t0 * (2 * K1 - 1) + t1, start0 * (2 * K1 - 1) + start1)
+                biases = tl.load(bias + bias_m[:, None] + (row_n * (T2 * WIDTH) + u2)[None, :]).to(tl.float32)
+                s += biases * 1.4426950408889634
             if HAS_REL:
                 s += tl.sum(tl.where((u2 == i)[None, :], row_tile, 0.0), 1)[:, None]
             s = tl.where(seen, s, HIDDEN)
             ds = tl.exp2(s - row_lse[:, None]) * (dp - row_delta[:, None])
+            if HAS_BIAS:
+                slots = slot_m[:, None] + ((t0 * K1 + t1) * K2 + t2)[None, :]
+                tl.store(pairs + slots, ds.to(pairs.dtype.element_ty), mask=seen & there[:, None] & (biases > -5e4))
             acc = tl.dot(ds.to(rows_k.dtype), rows_k, acc, input_precision=PRECISION)
             if HAS_REL:
                 acc_row += tl.where((u2 == i)[None, :], tl.sum(ds, 1)[:, None], 0.0)
@@ -176,20 +182,20 @@ def na_bwd_dq_kernel(
 
 
 class Plan(NamedTuple):
-    """The launches of queries' and of keys' gradients."""
+    """A launch, how it reads biases, and the position terms of a query that it leaves or reads: of rows of keys, then
+    of columns, each rounded up."""
 
-    dq: Launch
-    dkv: Launch
+    launch: Launch
+    biases: BiasRows
     terms: int
-    """Position terms of a query, side by side: of rows of keys, then of columns, each rounded up."""
 
 
 @functools.lru_cache(4096)
-def plan(
+def plans(
     g: Any, q: Any, k: Any, v: Any, bias: Any, extra: Any, pad: Any, rel: Any, grad_lse: bool, windows: Windows,
     scale: float, precision: str,
-) -> Plan:  # fmt: skip
-    """The launches for arguments of these shapes, strides and dtypes."""
+) -> tuple[Plan, Plan]:  # fmt: skip
+    """How gradients of queries and of keys are computed for arguments of these shapes, strides and dtypes."""
     B, *q_grid, heads, dim = q[0]
     grid, kv_heads, dim_v = k[0][1:4], k[0][4], v[0][-1]
     strides = (*strides_of(g), *strides_of(q), *strides_of(k), *strides_of(v))
@@ -197,21 +203,27 @@ def plan(
     factors = (scale * LOG2E, scale)
     shared = shared_constants(windows, q, v, precision, bias, extra, pad, rel)
     way = query_tiling(
-        tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None, backward=True
+        tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None, True, bias is not None
     )
+    terms = 2 * way.columns
+    table = bias_rows(bias, q_grid[2], grid[2], windows, way, q[2])
+    many = math.prod(q_grid) * math.prod(windows.kernel_size) >= 1 << 31  # slots of an image and head pass 32 bits
     dq = Launch(
         na_bwd_dq_kernel, B * way.programs * heads,
         (*strides, *maps, *way.counts, *way.tiles, heads, heads // kv_heads, 0 if extra is None else extra[0][2],
-         *factors),
-        {"HAS_GRAD_LSE": grad_lse} | shared | way.constants(), way.warps, way.stages,
+         *table.scalars, *factors),
+        {"HAS_GRAD_LSE": grad_lse, "MANY_PAIRS": many} | shared | way.constants() | table.constants, way.warps,
+        way.stages, way.registers,
     )  # fmt: skip
     keys = key_tiling(tuple(grid), windows, max(dim, dim_v), q[2].itemsize, pad is not None, rel is not None)
+    other = bias_rows(bias, q_grid[2], grid[2], windows, keys, q[2], of_keys=True)
     dkv = Launch(
         na_bwd_dkv_kernel, B * keys.programs * kv_heads,
-        (*strides, *maps, *keys.counts, *keys.tiles, heads, heads // kv_heads, *factors),
-        {"TERMS": 2 * way.columns} | shared | keys.constants(of_keys=True), keys.warps, keys.stages,
+        (*strides, *maps, *keys.counts, *keys.tiles, heads, heads // kv_heads, *other.scalars, *factors),
+        {"TERMS": terms} | shared | keys.constants(of_keys=True) | other.constants, keys.warps, keys.stages,
+        keys.registers,
     )  # fmt: skip
-    return Plan(dq, dkv, 2 * way.columns)
+    return Plan(dq, table, terms), Plan(dkv, other, terms)
 
 
 def backward(
@@ -237,39 +249,67 @@ def backward(
     if q.numel() == 0:
         return dq, dk, dv, *(q.new_empty(0) if x is None else torch.zeros_like(x) for x in given)
     g, q, k, v = (three_axes(x) for x in (grad_out, q, k, v))
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    optional = prepare(*given, windows, k)
-    run = plan(
-        meta(g), meta(q), meta(k), meta(v), meta(optional[0]), meta(optional[1]), meta(optional[3]), meta(optional[5]),
-        grad_lse is not None, windows, scale, dot_precision(q.dtype),
-    )  # fmt: skip
-    filled = [q if x is None else x for x in optional]
+    _, extra_k, extra_v, *pads, rel = optional = prepare(*given, windows, k)
+    rest = [meta(x) for x in (bias, extra_k, pads[0], rel)]
+    settings = (grad_lse is not None, windows, scale, dot_precision(q.dtype))
+    queries, keys = plans(meta(g), meta(q), meta(k), meta(v), *rest, *settings)
     delta = torch.empty_like(lse)
     drel = compact = q.new_empty(0)
     if rel is not None:  # the second kernel reads the position terms as the first one has found them
         drel = torch.zeros(rel.shape, dtype=rel.dtype, device=rel.device)
-        compact = torch.empty(*rel.shape[:-1], run.terms, dtype=rel.dtype, device=rel.device)
-    run.dq(g, q, k, v, *filled, out, lse, lse if grad_lse is None else grad_lse, delta, dq, drel, compact)
+        compact = torch.empty(*rel.shape[:-1], queries.terms, dtype=rel.dtype, device=rel.device)
+    filled = [q if x is None else x for x in optional[1:]]
+    results = (out, lse, lse if grad_lse is None else grad_lse.contiguous(), delta, dq)
+    dbias = q.new_empty(0)
+    if bias is None:
+        queries.launch(g, q, k, v, q, *filled, *results, drel, compact, q)
+    else:
+        dbias = _with_biases(bias, (g, q, k, v), optional[1:5], results, queries, settings).to(bias.dtype)
 
     sums = [
-        None if x is None else torch.empty(run.dkv.programs, x.shape[-1], dtype=torch.float32, device=q.device)
-        for x in optional[3:5]
+        None if x is None else torch.empty(keys.launch.programs, x.shape[-1], dtype=torch.float32, device=q.device)
+        for x in pads
     ]
-    run.dkv(
-        g, q, k, v, filled[0], *filled[3:5], compact, lse, delta, dk, dv, *(q if x is None else x for x in sums)
+    rows = q if bias is None or keys.biases.rows is None else keys.biases.rows(bias)
+    keys.launch(
+        g, q, k, v, rows, *filled[2:4], compact, lse, delta, dk, dv, *(q if x is None else x for x in sums)
     )  # fmt: skip
-    pads = [
+    dpads = [
         q.new_empty(0) if x is None
         else torch.zeros_like(x) if s is None
         else s.reshape(-1, *x.shape).sum(0).to(x.dtype)
         for x, s in zip((pad_k, pad_v), sums)
     ]  # fmt: skip
-    tensors = (g, q, k, v, *filled, lse, delta)
-    dbias = q.new_empty(0) if bias is None else bias_gradient(*tensors, bias, optional, windows, scale)
-    if extra_k is None or extra_v is None:
+    if given[1] is None or given[2] is None:
         dextra = (q.new_empty(0), q.new_empty(0))
-    elif optional[1] is None or optional[2] is None:
-        dextra = (torch.zeros_like(extra_k), torch.zeros_like(extra_v))
+    elif extra_k is None or extra_v is None:
+        dextra = (torch.zeros_like(given[1]), torch.zeros_like(given[2]))
     else:
-        dextra = extra_gradients(g, q, optional[1], optional[2], lse, delta, scale)
-    return dq, dk, dv, dbias, *dextra, *pads, drel
+        dextra = extra_gradients(g, q, extra_k, extra_v, lse, delta, scale)
+    return dq, dk, dv, dbias, *dextra, *dpads, drel
+
+
+def _with_biases(
+    bias: Tensor, maps: tuple[Tensor, ...], optional: Any, results: tuple[Tensor, ...], whole: Plan, settings: Any
+) -> Tensor:
+    """Write the gradients of queries and delta into `results`, some images at a time, and return that of the table."""
+    q, k = maps[1:3]
+    windows = settings[1]
+    assert whole.biases.rows is not None
+    rows = whole.biases.rows(bias)
+    images = images_at_a_time(q, windows)
+    total: Tensor | None = None
+    for start in range(0, q.shape[0], images):
+        g, q_, k_, v, *rest = (x[start : start + images] for x in (*maps, *results))
+        extra = [None if x is None else x[start : start + images] for x in optional[:2]]
+        run = whole
+        if len(q_) < len(q):
+            metas = [meta(x) for x in (g, q_, k_, v, bias, extra[0], optional[2], None)]
+            run, _ = plans(*metas, *settings)
+        pairs = q.new_empty(len(q_), q.shape[4], *q.shape[1:4], *windows.kernel_size)
+        filled = [q if x is None else x for x in (*extra, *optional[2:])]
+        run.launch(g, q_, k_, v, rows, *filled, q, *rest, q, q, pairs)
+        part = sum_by_offset(pairs, bias, k.shape[1:4], windows)
+        total = part if total is None else total + part
+    assert total is not None
+    return total

@@ -7,54 +7,17 @@ import triton
 import triton.language as tl
 
 from ..triton_tiles import load_tokens
-from .triton_fwd import HIDDEN, across, members_of, on_axis, rows_of_box, rows_seen, window_of
-
-
-@triton.jit
-def readers_of(low, high, n, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
-    """First query of a group of `n` tokens whose clamped window reaches keys `low` to `high`, and the one after the
-    last."""
-    if CAUSAL:
-        first = low
-        stop = tl.where(high + K >= n, n, (high + K) // S * S)
-        if S == 1:
-            stop = tl.minimum(high + K, n)
-    else:
-        left: tl.constexpr = K // 2
-        right: tl.constexpr = K - 1 - K // 2
-        shift: tl.constexpr = S - S // 2 - 1
-        first = tl.where(low < K, 0, (low - right + shift) // S * S)
-        stop = tl.where(high >= n - K, n, tl.minimum((high + left + shift + 1) // S * S, n))
-    return first, stop
-
-
-@triton.jit
-def axis_of_keys(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-                 STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CLAMPED: tl.constexpr):  # fmt: skip
-    """One axis of tile `c` of keys: its group, size of the group, positions, and the first query or, for free windows,
-    the first block of queries that sees it, and how many do."""
-    group = c // tiles
-    low = (c - group * tiles) * T
-    n = tl.maximum(members_of(group, length, dilation), K)
-    if CLAMPED:
-        high = tl.minimum(low + T, n) - 1
-        first, stop = readers_of(low, high, n, K, S, CAUSAL)
-        count = tl.minimum(stop, members_of(group, q_length, dilation)) - first
-        count = tl.where(high < low, 0, tl.maximum(count, 0))
-    else:
-        low -= OFFSET
-        blocks = (q_length + S - 1) // S
-        first = tl.maximum(low + OFFSET - K + STEP, 0) // STEP
-        count = tl.maximum(tl.minimum((low + T - 1 + OFFSET) // STEP + 1, blocks) - first, 0)
-    return group, n, low + local, first, count
+from .triton_bias import kind_of_box
+from .triton_geometry import HIDDEN, across, axis_of_keys, on_axis, rows_of_box, rows_seen, window_of
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
-                               "heads", "group"])  # fmt: skip
+                               "heads", "group", "left", "right", "whole", "kinds"])  # fmt: skip
 def na_bwd_dkv_kernel(
     g, q, k, v, bias, pad_k, pad_v, rel, lse, delta, dk, dv, dpad_k, dpad_v,
     g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, scale_log2, scale, TERMS: tl.constexpr,
+    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, left, right, whole, kinds,
+    scale_log2, scale, TERMS: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
@@ -65,7 +28,7 @@ def na_bwd_dkv_kernel(
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a box of keys and values, over the queries that see them."""
     pid = tl.program_id(0)
@@ -96,7 +59,12 @@ def na_bwd_dkv_kernel(
         v + b * v_b + kv_head * v_h, ky0 * v_0 + ky1 * v_1 + ky2 * v_2, inside, wanted, pad_v + kv_head * DIM_V, DIM_V,
         BLOCK_DV, False, HAS_PAD,
     )  # fmt: skip
-    entry_n = ((t0 + K0 - 1) * (2 * K1 - 1) + t1 + K1 - 1) * (2 * K2 - 1) + t2 + K2 - 1
+    if HAS_BIAS:  # a row per offset on the first two axes, see triton_bias
+        row_n = (t0 + K0 - 1) * (2 * K1 - 1) + t1 + K1 - 1
+        row_n = tl.where(wanted, row_n, row_n - n // (T1 * T2) * (2 * K1 - 1) - n // T2 % T1)
+        biases_of_box: tl.constexpr = ((2 * K0 - 1) * (2 * K1 - 1) + 2 * ROOM) * T2 * WIDTH
+        kind = kind_of_box(c2, N2, left, right, whole)
+        bias_n = OFF + n % T2 * WIDTH + (ROOM + row_n) * (T2 * WIDTH)
 
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -124,7 +92,7 @@ def na_bwd_dkv_kernel(
             p2 = q2 + m2
             y2 = g2 + D2 * p2
             read2 = (m2 < columns) & (y2 < Q2)
-            if CLAMPED and not FULL2:
+            if CLAMPED and not FULL2 and not HAS_BIAS:
                 first2, stop2 = window_of(p2, n2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED)
                 column = (t2[:, None] >= first2[None, :]) & (t2[:, None] < stop2[None, :])
                 column = tl.where(column, 0.0, HIDDEN)
@@ -150,12 +118,13 @@ def na_bwd_dkv_kernel(
                         wanted[:, None], t0[:, None], t1[:, None], across(first0, ROWS), across(stop0, ROWS),
                         across(first1, ROWS), across(stop1, ROWS), FULL0, FULL1,
                     )  # fmt: skip
-                    if not FULL2:
+                    if not FULL2 and not HAS_BIAS:
                         s += column
                 if HAS_BIAS:
-                    table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
-                    entry_m = (p0 * (2 * K1 - 1) + p1) * (2 * K2 - 1) + p2
-                    s += tl.load(table + entry_n[:, None] - entry_m[None, :])
+                    row_m = tl.where(read1, p0 * (2 * K1 - 1) + p1, q0 * (2 * K1 - 1) + q1)
+                    laid_out = bias + (head * kinds + kind) * biases_of_box
+                    biases = tl.load(laid_out + bias_n[:, None] + (m2 - row_m * (T2 * WIDTH))[None, :])
+                    s += biases.to(tl.float32) * 1.4426950408889634
                 if HAS_REL:
                     terms = tl.load(rel + at[:, None] * TERMS + e, mask=read[:, None], other=0.0).to(rows_k.dtype)
                     s += tl.dot(ones, tl.trans(terms), input_precision=PRECISION) * 1.4426950408889634

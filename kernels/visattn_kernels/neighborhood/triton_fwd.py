@@ -3,11 +3,6 @@
 A program holds a box of queries of one head and one dilation group, and walks over the smallest box of keys that holds
 all their windows. Keys and values are read where they lie: no windows, no padded copy. Softmax runs on line in float32,
 in base 2. Three axes always; a map of fewer has leading axes of one token.
-
-Positions count inside a dilation group. Where a window stands is one axis at a time, in one of two ways:
-
-    clamped (neighborhood): moved at the border to stay in the group, see :func:`visattn_kernels.neighborhood_attention`
-    free (halo, window): query p sees `kernel_size` keys from p // stride * step - offset on, also outside the map
 """
 
 import functools
@@ -20,113 +15,18 @@ from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta, unit_stride
 from ..triton_tiles import LOG2E, load_tokens, power_of_2
-from .triton_tiling import MOST_TOKENS, Windows, query_tiling
-
-HIDDEN = tl.constexpr(-1e30)
-"""Logit of a key that a query does not see. Finite: a step of hidden keys only is undone by the next that is not."""
-
-
-@triton.jit
-def window_of(p, n, K: tl.constexpr, S: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr,
-              CLAMPED: tl.constexpr):  # fmt: skip
-    """First key of the window of query `p` in a group of `n` tokens, and the one after its last."""
-    if CLAMPED:
-        if CAUSAL:
-            leader = tl.minimum(p // S * S + (S - 1), n - 1)
-            first = tl.maximum(leader - (K - 1), 0)
-            stop = p + 1
-        else:
-            leader = tl.minimum(p // S * S + S // 2, n - 1)
-            first = tl.minimum(tl.maximum(leader - K // 2, 0), n - K)
-            stop = first + K
-    else:
-        first = p // S * STEP - OFFSET
-        stop = first + K
-    return first, stop
-
-
-@triton.jit
-def members_of(group, length, dilation):
-    """Tokens of a dilation group of an axis."""
-    return (length - 1 - group) // dilation + 1
-
-
-@triton.jit
-def axis_of_tile(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-                 STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CLAMPED: tl.constexpr):  # fmt: skip
-    """One axis of tile `c` of queries: its group, positions, coordinates (`q_length` where there is no query), windows,
-    and where the box of keys starts and how wide it is."""
-    group = c // tiles
-    top = (c - group * tiles) * T
-    members = members_of(group, q_length, dilation)
-    n = tl.maximum(members_of(group, length, dilation), K)
-    p = top + local
-    first, stop = window_of(p, n, K, S, STEP, OFFSET, CAUSAL, CLAMPED)
-    start, _ = window_of(top, n, K, S, STEP, OFFSET, CAUSAL, CLAMPED)
-    last = tl.minimum(top + T, members) - 1
-    _, end = window_of(last, n, K, S, STEP, OFFSET, CAUSAL, CLAMPED)
-    width = tl.where(last < top, 0, end - start)
-    at = tl.where(p < members, group + dilation * p, q_length)
-    return group, p, at, first, stop, start, width
-
-
-@triton.jit
-def unaligned(x):
-    """`x` (below 2^24), of whose alignment the compiler knows nothing.
-
-    Triton takes a number minus a range of consecutive ones to be as aligned as the range's first, and reads pairs
-    across their bounds.
-    """
-    return tl.cast(tl.cast(x, tl.float32), tl.int32)
-
-
-@triton.jit
-def rows_of_box(i, start0, start1, w1, rows, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Step `i` of ROWS rows over the rows of a box: their positions on the first two axes, and whether there is such a
-    row. With one row per step these are scalars. `DEEP`: the first axis has more than one token."""
-    r = i
-    if ROWS > 1:
-        r = i * ROWS + tl.arange(0, ROWS * COLUMNS) // COLUMNS
-    u0 = r * 0
-    if DEEP:
-        u0 = r // w1
-    return start0 + u0, start1 + r - u0 * w1, r < rows
-
-
-@triton.jit
-def on_axis(y, length, CLAMPED: tl.constexpr):
-    """Whether a coordinate lies on its axis; those of clamped windows are never below it."""
-    inside = y < length
-    if not CLAMPED:
-        inside = inside & (y >= 0)
-    return inside
-
-
-@triton.jit
-def across(x, ROWS: tl.constexpr):
-    """What belongs to the rows of a step, laid across what the program holds."""
-    if ROWS > 1:
-        x = x[None, :]
-    return x
-
-
-@triton.jit
-def rows_seen(there, t0, t1, first0, stop0, first1, stop1, FULL0: tl.constexpr, FULL1: tl.constexpr):
-    """Which rows are seen. `FULL`: on this axis every query sees all keys that a program meets."""
-    seen = there
-    if not FULL0:
-        seen = seen & (t0 >= first0) & (t0 < stop0)
-    if not FULL1:
-        seen = seen & (t1 >= first1) & (t1 < stop1)
-    return seen
+from .triton_bias import BiasRows, bias_rows, kind_of_box
+from .triton_geometry import HIDDEN, across, axis_of_tile, on_axis, rows_of_box, rows_seen, unaligned
+from .triton_tiling import Windows, query_tiling
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
-                               "heads", "group", "extra"])  # fmt: skip
+                               "heads", "group", "extra", "left", "right", "whole", "kinds"])  # fmt: skip
 def na_fwd_kernel(
     q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, out, lse,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, scale_log2,
+    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, left, right, whole, kinds,
+    scale_log2,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
@@ -137,7 +37,7 @@ def na_fwd_kernel(
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)  # heads vary fastest: they share cache lines
     head = pid % heads
@@ -165,9 +65,13 @@ def na_fwd_kernel(
         q + b * q_b + head * q_h, y0 * q_0 + y1 * q_1 + y2 * q_2, there, there, q, DIM, BLOCK_D, False, False
     )
     at = (((b * Q0 + y0) * Q1 + y1) * Q2 + y2) * heads + head
-    # Where the bias of a pair stands: key minus query. Around the table there is room for pairs that are not seen.
-    entry_m = ((p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1) * (2 * K2 - 1) + p2 - K2 + 1
-    table = bias + head * (2 * K0 - 1) * (2 * K1 - 1) * (2 * K2 - 1)
+    if HAS_BIAS:  # a row per offset on the first two axes, see triton_bias
+        row_m = (p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1
+        row_m = tl.where(there, row_m, row_m - m // (T1 * T2) * (2 * K1 - 1) - m // T2 % T1)
+        bias += (head * kinds + kind_of_box(c2, N2, left, right, whole)) * (
+            ((2 * K0 - 1) * (2 * K1 - 1) + 2 * ROOM) * T2 * WIDTH
+        )
+        bias_m = OFF + m % T2 * WIDTH + (ROOM - row_m) * (T2 * WIDTH)
     # Where the position terms of a query start, from the first row and the first column of its window on.
     row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * unaligned(p1 % S1)
     column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * unaligned(p2 % S2)
@@ -185,7 +89,7 @@ def na_fwd_kernel(
         seen2 = there2[None, :]
         if MASK_OUTSIDE:
             seen2 = seen2 & inside2[None, :]
-        if not FULL2:
+        if not FULL2 and not HAS_BIAS:
             seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
         column = tl.where(seen2, 0.0, HIDDEN)
         if HAS_REL:
@@ -211,8 +115,9 @@ def na_fwd_kernel(
                 first1[:, None], stop1[:, None], FULL0, FULL1,
             )  # fmt: skip
             if HAS_BIAS:
-                entry_n = (t0 * (2 * K1 - 1) + t1) * (2 * K2 - 1) + t2
-                s += tl.load(table + entry_n[None, :] - entry_m[:, None])
+                row_n = tl.where(there1, t0 * (2 * K1 - 1) + t1, start0 * (2 * K1 - 1) + start1)
+                biases = tl.load(bias + bias_m[:, None] + (row_n * (T2 * WIDTH) + u2)[None, :])
+                s += biases.to(tl.float32) * 1.4426950408889634
             if HAS_REL:
                 s += tl.sum(tl.where((u2 == i)[None, :], row_tile, 0.0), 1)[:, None]
             s = tl.where(seen, s, HIDDEN)
@@ -283,20 +188,22 @@ def shared_constants(
 @functools.lru_cache(4096)
 def plan(
     q: Any, k: Any, v: Any, bias: Any, extra: Any, pad: Any, rel: Any, windows: Windows, scale: float, precision: str
-) -> Launch:
-    """The launch for arguments of these shapes, strides and dtypes."""
+) -> tuple[Launch, BiasRows]:
+    """The launch for arguments of these shapes, strides and dtypes, and how it reads biases."""
     B, *q_grid, heads, dim = q[0]
     grid, kv_heads, dim_v = k[0][1:4], k[0][4], v[0][-1]
     way = query_tiling(tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None)
+    table = bias_rows(bias, q_grid[2], grid[2], windows, way, q[2])
     scalars = (
         *strides_of(q), *strides_of(k), *strides_of(v), *q_grid, *grid, *windows.dilation, *way.counts, *way.tiles,
-        heads, heads // kv_heads, 0 if extra is None else extra[0][2], scale * LOG2E,
+        heads, heads // kv_heads, 0 if extra is None else extra[0][2], *table.scalars, scale * LOG2E,
     )  # fmt: skip
     constants = shared_constants(windows, q, v, precision, bias, extra, pad, rel)
-    return Launch(
-        na_fwd_kernel, B * way.programs * heads, scalars,
-        constants | way.constants(), way.warps, way.stages,
+    launch = Launch(
+        na_fwd_kernel, B * way.programs * heads, scalars, constants | way.constants() | table.constants, way.warps,
+        way.stages, way.registers,
     )  # fmt: skip
+    return launch, table
 
 
 def forward(
@@ -324,26 +231,14 @@ def forward(
         return out, lse
     q, k, v = three_axes(q), three_axes(k), three_axes(v)
     optional = prepare(bias, extra_k, extra_v, pad_k, pad_v, rel, windows, k)
-    bias, extra_k, _, pad_k, _, rel = optional
-    launch = plan(
+    _, extra_k, _, pad_k, _, rel = optional
+    launch, table = plan(
         meta(q), meta(k), meta(v), meta(bias), meta(extra_k), meta(pad_k), meta(rel), windows, scale,
         dot_precision(q.dtype),
     )  # fmt: skip
-    launch(q, k, v, *(q if x is None else x for x in optional), out, lse)
+    rows = q if bias is None or table.rows is None else table.rows(bias)
+    launch(q, k, v, rows, *(q if x is None else x for x in optional[1:]), out, lse)
     return out, lse
-
-
-def _roomy(bias: Tensor) -> Tensor:
-    """The table times log2(e) in the middle of zeros, as a view: kernels look entries up without asking whether a pair
-    is seen."""
-    room, stride = 0, 1
-    for entries in reversed(bias.shape[1:]):
-        room += stride * (entries + 2 * MOST_TOKENS)
-        stride *= entries
-    table = torch.zeros(bias.numel() + 2 * room, dtype=torch.float32, device=bias.device)
-    inner = table[room : room + bias.numel()].view(bias.shape)
-    torch.mul(bias.detach().float(), LOG2E, out=inner)
-    return inner
 
 
 def prepare(
@@ -356,10 +251,8 @@ def prepare(
     windows: Windows,
     k: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Optional tensors as the kernels read them: biases times log2(e) with room around them, additional keys heads
-    first, padding only where a window reaches outside the map."""
-    if bias is not None:
-        bias = _roomy(bias)
+    """Optional tensors as the kernels read them: additional keys heads first, padding only where a window reaches
+    outside the map."""
     if extra_k is not None and extra_v is not None:
         extra_k, extra_v = (x.transpose(1, 2).contiguous() if x.shape[1] else None for x in (extra_k, extra_v))
     if pad_k is not None and pad_v is not None:

@@ -10,8 +10,6 @@ from triton import next_power_of_2
 from ..triton_tiles import power_of_2
 
 Triple = tuple[int, int, int]
-MOST_TOKENS = 256
-"""More than any program holds and meets in a step, together."""
 
 
 class Windows(NamedTuple):
@@ -49,6 +47,16 @@ class Windows(NamedTuple):
         first = min(max(min(p // s * s + s // 2, n - 1) - k // 2, 0), n - k)
         return first, first + k
 
+    def readers(self, low: int, high: int, n: int, a: int) -> tuple[int, int]:
+        """First query of a group of `n` tokens whose clamped window reaches keys `low` to `high` of axis `a`, and the
+        one after the last."""
+        k, s = self.kernel_size[a], self.stride[a]
+        if self.is_causal[a]:
+            return low, n if high + k >= n else (high + k) // s * s
+        shift = s - s // 2 - 1
+        first = 0 if low < k else (low - (k - 1 - k // 2) + shift) // s * s
+        return first, n if high >= n - k else min((high + k // 2 + shift + 1) // s * s, n)
+
 
 class Tiling(NamedTuple):
     """Boxes of tokens that programs hold, and launch settings."""
@@ -70,6 +78,8 @@ class Tiling(NamedTuple):
     """Tokens of a row in a step."""
     warps: int
     stages: int
+    registers: int | None = None
+    """Most per thread, so that more programs run at once."""
 
     @property
     def programs(self) -> int:
@@ -140,7 +150,14 @@ def _least_work(options: list[list[Cut]], most: int, step: int) -> tuple[tuple[C
 
 
 def _tiling(
-    lengths: Triple, groups: list[int], windows: Windows, cuts: tuple[Cut, ...], steps: Steps, warps: int, stages: int
+    lengths: Triple,
+    groups: list[int],
+    windows: Windows,
+    cuts: tuple[Cut, ...],
+    steps: Steps,
+    warps: int,
+    stages: int,
+    registers: int | None = None,
 ) -> Tiling:
     a, b, c = cuts
     tiles = [math.ceil(n / cut.size) for n, cut in zip(groups, cuts)]
@@ -149,12 +166,20 @@ def _tiling(
     return Tiling(
         (a.size, b.size, c.size), (tiles[0], tiles[1], tiles[2]), (counts[0], counts[1], counts[2]),
         (a.full, b.full, c.full), lengths[0] > 1, held, steps.step, steps.columns, min(warps, held // 16), stages,
+        registers,
     )  # fmt: skip
 
 
 @functools.lru_cache(4096)
 def query_tiling(
-    q_grid: Triple, grid: Triple, windows: Windows, dim: int, itemsize: int, rel: bool = False, backward: bool = False
+    q_grid: Triple,
+    grid: Triple,
+    windows: Windows,
+    dim: int,
+    itemsize: int,
+    rel: bool = False,
+    backward: bool = False,
+    bias: bool = False,
 ) -> Tiling:
     """Boxes of queries with the least work. With position terms (`rel`) all queries of a box share their window, and
     keys come row by row."""
@@ -184,16 +209,20 @@ def query_tiling(
     cuts, steps, met = _least_work(options, most, 16 if exact else 64 if wide else 32)
     if rel:
         row = max(16, next_power_of_2(windows.kernel_size[2]))
-        return _tiling(q_grid, groups, windows, cuts, Steps(row, row), 1, 2)
+        return _tiling(q_grid, groups, windows, cuts, Steps(row, row), 1, 2 if backward else 3)
     if exact:
         return _tiling(q_grid, groups, windows, cuts, steps, 2, 2)
     if wide:
         return _tiling(q_grid, groups, windows, cuts, steps, 8 if large else 4, 2)
+    short = _steps(tuple(max(cut.widths) for cut in cuts), 16)
+    if backward and dim <= 32 and windows.clamped:
+        return _tiling(q_grid, groups, windows, cuts, short, 1, 3, 168 if shared or bias else 128)
     if backward:
         return _tiling(q_grid, groups, windows, cuts, steps, 4 if shared else 1, 2)
     if met < 256 and dim <= 32:
-        steps = _steps(tuple(max(cut.widths) for cut in cuts), 16)
-    return _tiling(q_grid, groups, windows, cuts, steps, 2 if shared else 1, 3)
+        steps = short
+    registers = 128 if dim <= 32 and windows.clamped else None
+    return _tiling(q_grid, groups, windows, cuts, steps, 2 if shared else 1, 3, registers)
 
 
 def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
@@ -220,7 +249,7 @@ def key_tiling(grid: Triple, windows: Windows, dim: int, itemsize: int, padded: 
         cuts, steps, met = _least_work(options, most, step)
         return _tiling(grid, groups, windows, cuts, steps, warps, 3 if met < 256 and dim <= 32 else 2)
     if rel and not wide and not exact:
-        most, step, warps = 64, 64, 2 if dim <= 32 else 4
+        most, step, warps = (64, 32, 1) if dim <= 32 else (64, 64, 4)
     # From the start of one window to that of the next, so that few windows share a box; halved until it fits.
     box = list(windows.step)
     while math.prod(box) > most:
@@ -234,15 +263,9 @@ def key_tiling(grid: Triple, windows: Windows, dim: int, itemsize: int, padded: 
 
 def _cut_keys(size: int, n: int, windows: Windows, a: int) -> Cut:
     """Boxes of `size` of `n` keys of a group, and the boxes of queries whose clamped windows hold one of them."""
-    k, s, causal = windows.kernel_size[a], windows.stride[a], windows.is_causal[a]
+    causal, k = windows.is_causal[a], windows.kernel_size[a]
     widths: dict[int, int] = {}
     for low in range(0, n, size):
-        high = min(low + size, n) - 1
-        if causal:
-            first, stop = low, min(high + k, n)
-        else:
-            shift = s - s // 2 - 1
-            first = 0 if low < k else (low - (k - 1 - k // 2) + shift) // s * s
-            stop = n if high >= n - k else min((high + k // 2 + shift + 1) // s * s, n)
+        first, stop = windows.readers(low, min(low + size, n) - 1, n, a)
         widths[stop - first] = widths.get(stop - first, 0) + 1
     return Cut(size, widths, not causal and n <= k)

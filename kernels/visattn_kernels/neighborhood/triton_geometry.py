@@ -1,0 +1,147 @@
+"""Where windows and boxes of tokens stand: what all kernels of windowed attention share.
+
+Positions count inside a dilation group. Where a window stands is one axis at a time, in one of two ways:
+
+    clamped (neighborhood): moved at the border to stay in the group, see :func:`visattn_kernels.neighborhood_attention`
+    free (halo, window): query p sees `kernel_size` keys from p // stride * step - offset on, also outside the map
+"""
+
+import triton
+import triton.language as tl
+
+HIDDEN = tl.constexpr(-1e30)
+"""Logit of a key that a query does not see. Finite: a step of hidden keys only is undone by the next that is not."""
+
+
+@triton.jit
+def window_of(p, n, K: tl.constexpr, S: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr,
+              CLAMPED: tl.constexpr):  # fmt: skip
+    """First key of the window of query `p` in a group of `n` tokens, and the one after its last."""
+    if CLAMPED:
+        if CAUSAL:
+            leader = tl.minimum(p // S * S + (S - 1), n - 1)
+            first = tl.maximum(leader - (K - 1), 0)
+            stop = p + 1
+        else:
+            leader = tl.minimum(p // S * S + S // 2, n - 1)
+            first = tl.minimum(tl.maximum(leader - K // 2, 0), n - K)
+            stop = first + K
+    else:
+        first = p // S * STEP - OFFSET
+        stop = first + K
+    return first, stop
+
+
+@triton.jit
+def members_of(group, length, dilation):
+    """Tokens of a dilation group of an axis."""
+    return (length - 1 - group) // dilation + 1
+
+
+@triton.jit
+def axis_of_tile(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
+                 STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CLAMPED: tl.constexpr):  # fmt: skip
+    """One axis of tile `c` of queries: its group, positions, coordinates (`q_length` where there is no query), windows,
+    and where the box of keys starts and how wide it is."""
+    group = c // tiles
+    top = (c - group * tiles) * T
+    members = members_of(group, q_length, dilation)
+    n = tl.maximum(members_of(group, length, dilation), K)
+    p = top + local
+    first, stop = window_of(p, n, K, S, STEP, OFFSET, CAUSAL, CLAMPED)
+    start, _ = window_of(top, n, K, S, STEP, OFFSET, CAUSAL, CLAMPED)
+    last = tl.minimum(top + T, members) - 1
+    _, end = window_of(last, n, K, S, STEP, OFFSET, CAUSAL, CLAMPED)
+    width = tl.where(last < top, 0, end - start)
+    at = tl.where(p < members, group + dilation * p, q_length)
+    return group, p, at, first, stop, start, width
+
+
+@triton.jit
+def unaligned(x):
+    """`x` (below 2^24), of whose alignment the compiler knows nothing.
+
+    Triton takes a number minus a range of consecutive ones to be as aligned as the range's first, and reads pairs
+    across their bounds.
+    """
+    return tl.cast(tl.cast(x, tl.float32), tl.int32)
+
+
+@triton.jit
+def rows_of_box(i, start0, start1, w1, rows, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Step `i` of ROWS rows over the rows of a box: their positions on the first two axes, and whether there is such a
+    row. With one row per step these are scalars. `DEEP`: the first axis has more than one token."""
+    r = i
+    if ROWS > 1:
+        r = i * ROWS + tl.arange(0, ROWS * COLUMNS) // COLUMNS
+    u0 = r * 0
+    if DEEP:
+        u0 = r // w1
+    return start0 + u0, start1 + r - u0 * w1, r < rows
+
+
+@triton.jit
+def on_axis(y, length, CLAMPED: tl.constexpr):
+    """Whether a coordinate lies on its axis; those of clamped windows are never below it."""
+    inside = y < length
+    if not CLAMPED:
+        inside = inside & (y >= 0)
+    return inside
+
+
+@triton.jit
+def across(x, ROWS: tl.constexpr):
+    """What belongs to the rows of a step, laid across what the program holds."""
+    if ROWS > 1:
+        x = x[None, :]
+    return x
+
+
+@triton.jit
+def rows_seen(there, t0, t1, first0, stop0, first1, stop1, FULL0: tl.constexpr, FULL1: tl.constexpr):
+    """Which rows are seen. `FULL`: on this axis every query sees all keys that a program meets."""
+    seen = there
+    if not FULL0:
+        seen = seen & (t0 >= first0) & (t0 < stop0)
+    if not FULL1:
+        seen = seen & (t1 >= first1) & (t1 < stop1)
+    return seen
+
+
+@triton.jit
+def readers_of(low, high, n, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
+    """First query of a group of `n` tokens whose clamped window reaches keys `low` to `high`, and the one after the
+    last."""
+    if CAUSAL:
+        first = low
+        stop = tl.where(high + K >= n, n, (high + K) // S * S)
+        if S == 1:
+            stop = tl.minimum(high + K, n)
+    else:
+        left: tl.constexpr = K // 2
+        right: tl.constexpr = K - 1 - K // 2
+        shift: tl.constexpr = S - S // 2 - 1
+        first = tl.where(low < K, 0, (low - right + shift) // S * S)
+        stop = tl.where(high >= n - K, n, tl.minimum((high + left + shift + 1) // S * S, n))
+    return first, stop
+
+
+@triton.jit
+def axis_of_keys(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
+                 STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CLAMPED: tl.constexpr):  # fmt: skip
+    """One axis of tile `c` of keys: its group, size of the group, positions, and the first query or, for free windows,
+    the first block of queries that sees it, and how many do."""
+    group = c // tiles
+    low = (c - group * tiles) * T
+    n = tl.maximum(members_of(group, length, dilation), K)
+    if CLAMPED:
+        high = tl.minimum(low + T, n) - 1
+        first, stop = readers_of(low, high, n, K, S, CAUSAL)
+        count = tl.minimum(stop, members_of(group, q_length, dilation)) - first
+        count = tl.where(high < low, 0, tl.maximum(count, 0))
+    else:
+        low -= OFFSET
+        blocks = (q_length + S - 1) // S
+        first = tl.maximum(low + OFFSET - K + STEP, 0) // STEP
+        count = tl.maximum(tl.minimum((low + T - 1 + OFFSET) // STEP + 1, blocks) - first, 0)
+    return group, n, low + local, first, count
