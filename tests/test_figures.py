@@ -145,15 +145,11 @@ def test_the_registry_names_licence_code_and_paper_of_the_card(name: str) -> Non
 UNITS = r"images/s|images per second|ms\b|s\b|seconds|[KMG]i?B\b|GMACs|TFLOP|M parameters|% (?:faster|less|top)"
 FIGURE = re.compile(rf"\d[\d,.]*(?:x\b|\s*(?:{UNITS}))")
 """What looks measured: a number with a unit of speed, memory or accuracy."""
-NOTED = {"0.8 to 1.0 s", "2.0 to 2.5 s"}  # how long kernels compile: noted when it was seen, in no results file
-
 
 def hand_written(text: str) -> list[str]:
     """Figures in the prose of a page, outside of what ``tools/make_tables.py`` writes and outside of code."""
     text = re.sub(r"<!-- (\S+): written by .*?<!-- /\1 -->", "", text, flags=re.DOTALL)
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    for known in NOTED:
-        text = text.replace(known, "")
     return FIGURE.findall(text)
 
 
