@@ -13,6 +13,7 @@ from typing import Any
 from . import digits_table, kernel_tables, scaling
 from .cards import card
 from .cli import Parser, UserError
+from .export_page import export_pages
 from .files import write_text
 from .model_tables import main_table, page
 from .results import measured as measured_figures
@@ -58,7 +59,7 @@ def pages() -> dict[Path, str]:
     for key, family in families.items():
         out[ROOT / "model_cards" / f"{key}.md"] = card(key, family, measured)
     path, text = scaling.page()
-    return out | {path: text}
+    return out | {path: text} | export_pages()
 
 
 def main(argv: Sequence[str] | None) -> None:
