@@ -192,7 +192,9 @@ def plan(
     """The launch for arguments of these shapes, strides and dtypes, and how it reads biases."""
     B, *q_grid, heads, dim = q[0]
     grid, kv_heads, dim_v = k[0][1:4], k[0][4], v[0][-1]
-    way = query_tiling(tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None)
+    way = query_tiling(
+        tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None, bias=bias is not None
+    )
     table = bias_rows(bias, q_grid[2], grid[2], windows, way, q[2])
     scalars = (
         *strides_of(q), *strides_of(k), *strides_of(v), *q_grid, *grid, *windows.dilation, *way.counts, *way.tiles,

@@ -221,7 +221,9 @@ def query_tiling(
         return _tiling(q_grid, groups, windows, cuts, steps, 4 if shared else 1, 2)
     if met < 256 and dim <= 32:
         steps = short
-    registers = 128 if dim <= 32 and windows.clamped else None
+    registers = None
+    if dim <= 32 and windows.clamped:
+        registers = 168 if bias and met >= 256 else 128
     return _tiling(q_grid, groups, windows, cuts, steps, 2 if shared else 1, 3, registers)
 
 
