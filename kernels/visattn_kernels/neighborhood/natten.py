@@ -106,7 +106,12 @@ def _of_rank(rank: int) -> Callable[..., Tensor]:
     return na
 
 
-na1d, na2d, na3d = _of_rank(1), _of_rank(2), _of_rank(3)
+na1d = _of_rank(1)
+"""Neighborhood attention on sequences (B, L, heads, dim); arguments as NATTEN's and `neighborhood_attention`'s."""
+na2d = _of_rank(2)
+"""Neighborhood attention on maps (B, H, W, heads, dim); arguments as NATTEN's and `neighborhood_attention`'s."""
+na3d = _of_rank(3)
+"""Neighborhood attention on volumes (B, D, H, W, heads, dim); arguments as NATTEN's and `neighborhood_attention`'s."""
 
 
 def merge_attentions(
