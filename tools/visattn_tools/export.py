@@ -6,7 +6,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .cli import Parser, UserError, number
 from .config import check_device, check_model_name
 from .conversion import create
 from .export_check import Refused, compare, full_precision, wake
-from .export_formats import FORMATS, Format, Subject
+from .export_formats import FORMATS, Subject
 from .files import replacing_together, write_text
 from .measuring import hardware
 from .model_files import Weights, read_weights
@@ -43,7 +43,14 @@ def export_parser() -> Parser:
     add("--out-indices", type=int, nargs="+", metavar="I", help="which maps; default: the model's own")
     add("--img-size", type=number(int, 16, 4096), nargs="+", metavar="N", help="side, or height and width, of images")
     add("-b", "--batch-size", type=number(int, 1), help="images of every batch; default: any number")
-    add("--dynamic-size", action="store_true", help="take images of any height and width")
+    add(
+        "--dynamic-size",
+        type=number(int, 1),
+        nargs="?",
+        const=32,
+        metavar="STEP",
+        help="take images of any height and width that STEP divides, from twice on; default of STEP: %(const)s",
+    )
     add("--opset", type=number(int, 18), help="version of ONNX's operators; default: torch's choice")
     add("--torchscript", choices=("script", "trace"), help="default: script; trace for --features-only")
     add("--device", default="cpu", help="that pt2 and aoti files are for: cpu, cuda or cuda:N")
@@ -71,8 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(args)
     targets = _targets(args)
     figures: dict[str, Any] = {}
+    subjects: dict[tuple[Any, ...], tuple[Subject, str]] = {}
     for name, target in targets.items():
-        figures[name] = _export(args, name, target)
+        device = "cpu" if name == "onnx" else args.device  # an ONNX file knows no device
+        key = (device, *FORMATS[name].options)
+        if key not in subjects:
+            subjects[key] = open_subject(args, FORMATS[name].options, device)
+        figures[name] = _export(args, name, target, *subjects[key])
         if args.json:
             write_text(args.json, json.dumps(figures, indent=1) + "\n")
     failures = [f"{name}: {row['failure']}" for name, row in figures.items() if "failure" in row]
@@ -118,8 +130,8 @@ def _targets(args: argparse.Namespace) -> dict[str, Path]:
     return files
 
 
-def open_subject(args: argparse.Namespace, chosen: Format) -> tuple[Subject, str]:
-    """The model as `chosen` wants it created, and where its weights come from.
+def open_subject(args: argparse.Namespace, options: Mapping[str, bool], device: str) -> tuple[Subject, str]:
+    """The model, created with `options`, on `device`, and where its weights come from.
 
     Raises:
         UserError: Weights or sizes that do not fit.
@@ -130,14 +142,19 @@ def open_subject(args: argparse.Namespace, chosen: Format) -> tuple[Subject, str
     if args.checkpoint:
         weights, info = read_weights(args.checkpoint, args.use_ema, args.model, args.num_classes, args.model_kwargs)
         source, classes = str(args.checkpoint), info.num_classes
-    extra: dict[str, Any] = dict(chosen.options)
+    extra: dict[str, Any] = dict(options)
     if args.features_only:
         classes, extra["features_only"] = None, True
         extra |= {"out_indices": tuple(args.out_indices)} if args.out_indices else {}
     if args.pretrained:
         source, extra["pretrained"] = "published weights", True
     torch.manual_seed(args.seed)
-    model: Any = create(info.architecture, classes, {**info.model_args, **extra}).eval()
+    try:
+        model: Any = create(info.architecture, classes, {**info.model_args, **extra}).eval()
+    except (AssertionError, IndexError) as error:  # timm's word on indices
+        raise UserError(
+            f"--out-indices {args.out_indices}: {info.architecture} does not have these: {error}"
+        ) from error
     if weights is not None:
         _load(model, weights, info.architecture, args.features_only)
     elif not args.pretrained:
@@ -145,7 +162,10 @@ def open_subject(args: argparse.Namespace, chosen: Format) -> tuple[Subject, str
     config = info.data_config or resolve_model_data_config(model)
     channels, *size = config["input_size"]
     size = [args.img_size[0], args.img_size[-1]] if args.img_size else size
-    model.to("cpu" if chosen is FORMATS["onnx"] else args.device)
+    if step := args.dynamic_size:  # not square: two equal sizes would be one symbol
+        rows = max(3, round(size[0] / step))
+        size = [rows * step, max(3, round(size[1] / step), rows + 1) * step]
+    model.to(device)
     probe(model, info.architecture, (channels, size[0], size[1]))
     facts = asdict(info) | {"data_config": {**config, "input_size": [channels, *size]}, "weights": source}
     del facts["source"]
@@ -155,10 +175,9 @@ def open_subject(args: argparse.Namespace, chosen: Format) -> tuple[Subject, str
         outputs = [f"map_{i}" for i in range(len(facts["reduction"]))]
     else:
         facts["num_classes"] = model.num_classes
-    parameter = next(model.parameters())
-    images = torch.randn(args.batch_size or 2, channels, *size, device=parameter.device)
+    images = torch.randn(args.batch_size or 2, channels, *size, device=device)
     script = (args.torchscript or ("trace" if args.features_only else "script")) == "script"
-    return Subject(model, images, outputs, facts, not args.batch_size, args.dynamic_size, args.opset, script), source
+    return Subject(model, images, outputs, facts, not args.batch_size, step or 0, args.opset, script), source
 
 
 def _load(model: nn.Module, weights: Weights, name: str, features_only: bool) -> None:
@@ -172,10 +191,9 @@ def _load(model: nn.Module, weights: Weights, name: str, features_only: bool) ->
     model.load_state_dict(weights)
 
 
-def _export(args: argparse.Namespace, name: str, target: Path) -> dict[str, Any]:
+def _export(args: argparse.Namespace, name: str, target: Path, subject: Subject, source: str) -> dict[str, Any]:
     """Write a file of format `name`, check it, and only then give it its name; the figures of the check."""
     chosen, start = FORMATS[name], time.perf_counter()
-    subject, source = open_subject(args, chosen)
     row: dict[str, Any] = {"tolerance": args.tolerance, "weights": source}
     if name == "torchscript":
         row["method"] = "script" if subject.script else "trace"

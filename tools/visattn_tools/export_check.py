@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .export_formats import Run, Subject, flat
 
 ROUNDING = 3e-6
-"""Noise, relative to the mean value, that stands for rounding in another order: several times what runtimes differ by,
-and still far from the tolerance where a model is smooth."""
+"""Noise, relative to the mean value, that stands for rounding in another order."""
+EXCUSED = 10
+"""An error up to this many times what :data:`ROUNDING` does to the model is the model's, not the file's."""
 DRAWS = 8
 _aten = torch.ops.aten
 _SUMS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution)
@@ -85,8 +86,8 @@ def check_shapes(subject: Subject) -> list[tuple[int, int, int]]:
     batch, _, height, width = subject.images.shape
     batches = (1, 3) if subject.dynamic_batch else (batch, batch)
     sizes = [(height, width), (height, width)]
-    if subject.dynamic_size:  # odd ones, so that every padding has something to do
-        sizes = [(max(32, height - height // 4 + 1), width + width // 4 + 3), (height + 33, max(32, width - 7))]
+    if subject.step:
+        sizes = [(height + subject.step, width - subject.step), (max(height, width), max(height, width))]
     return [(b, *size) for b, size in zip(batches, sizes)]
 
 
@@ -96,8 +97,9 @@ def compare(subject: Subject, run: Run, tolerance: float, seed: int) -> Comparis
 
     A model that chooses, such as the largest of some scores, jumps where two of them are equal but for rounding, and
     torch and another runtime may then choose differently. So an image whose error is beyond `tolerance` is left out,
-    and counted, if the model itself moves by more than that when :data:`ROUNDING` is added to its sums; a batch of
-    such images alone is drawn again.
+    and counted, if the error is at most :data:`EXCUSED` times what the model itself moves by when :data:`ROUNDING` is
+    added to its sums; a batch of such images alone is drawn again. Where a model is smooth, that is less than the
+    tolerance.
 
     Args:
         subject: The model.
@@ -117,13 +119,15 @@ def compare(subject: Subject, run: Run, tolerance: float, seed: int) -> Comparis
             images = torch.randn(batch, channels, height, width, generator=generator).to(device)
             expected = flat(subject.model(images))
             errors = _errors(subject.outputs, expected, run(images))
-            beyond = errors.amax(0) > tolerance
-            jumps = beyond & _jumps(subject, images, expected, tolerance) if beyond.any() else beyond
+            worst = errors.amax(0)
+            jumps = worst > tolerance
+            if jumps.any():
+                jumps &= worst <= EXCUSED * _movement(subject, images, expected)
             found.left_out += int(jumps.sum())
             if not jumps.all():
                 break
         else:
-            raise Refused(f"the model itself moves by more than {tolerance:g} by rounding alone, on all images")
+            raise Refused("rounding alone makes the model jump on all images")
         for output, wanted, error in zip(found.outputs, expected, errors):
             scales = _scales(wanted)
             output.shape = tuple(wanted.shape)
@@ -158,15 +162,15 @@ def _errors(names: list[str], expected: list[Tensor], got: list[Tensor]) -> Tens
     return torch.stack(errors)
 
 
-def _jumps(subject: Subject, images: Tensor, expected: list[Tensor], tolerance: float) -> Tensor:
-    """Which of the images (B,) move the model by more than `tolerance` when there is :data:`ROUNDING`."""
+def _movement(subject: Subject, images: Tensor, expected: list[Tensor]) -> Tensor:
+    """How far :data:`ROUNDING` moves the model on each of the images (B,), relative to the largest value."""
     generator = torch.Generator().manual_seed(0)
-    moved = torch.zeros(len(images), dtype=torch.bool)
+    movement = torch.zeros(len(images), dtype=torch.float64)
     for _ in range(DRAWS):
         with _Noisy(generator):
             outputs = flat(subject.model(images))
-        moved |= _errors(subject.outputs, expected, outputs).amax(0) > tolerance
-    return moved
+        movement = movement.maximum(_errors(subject.outputs, expected, outputs).amax(0))
+    return movement
 
 
 @torch.no_grad()
@@ -180,8 +184,10 @@ def wake(model: nn.Module) -> None:
             continue
         if name.endswith("running_var"):
             value.mul_(0.5 + torch.rand_like(value))
-        else:
+        elif value.flatten()[0].abs() < 1e-3:
             value.add_(0.1 * torch.randn_like(value))
+        else:  # in proportion: VAN multiplies maps, and a larger scale would let them grow without end
+            value.mul_(1 + 0.1 * torch.randn_like(value))
 
 
 @contextmanager

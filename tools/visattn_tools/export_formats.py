@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Subject:
         outputs: Names of the outputs.
         facts: What the file says of the model.
         dynamic_batch: Whether the file takes any number of images.
-        dynamic_size: Whether it takes images of any size.
+        step: The file takes images whose height and width are multiples of it, from twice on; 0 for those of one size.
         opset: Of ONNX; None for torch's choice.
         script: Whether TorchScript is to be scripted rather than traced.
     """
@@ -35,27 +36,27 @@ class Subject:
     outputs: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
     dynamic_batch: bool = True
-    dynamic_size: bool = False
+    step: int = 0
     opset: int | None = None
     script: bool = True
+
+    @cached_property
+    def program(self) -> ExportedProgram:
+        """The model as ``torch.export`` captures it."""
+        sizes: dict[int, Any] = {0: Dim("batch", min=1)} if self.dynamic_batch else {}
+        if self.step:
+            sizes |= {2: self.step * Dim("rows", min=2), 3: self.step * Dim("columns", min=2)}
+        with torch.no_grad():
+            return torch.export.export(
+                self.model,
+                (self.images,),
+                dynamic_shapes=(sizes or None,),
+                prefer_deferred_runtime_asserts_over_guards=bool(self.step),
+            )
 
     def described(self) -> dict[str, str]:
         """The facts as text, numbers and lists as JSON."""
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.facts.items()}
-
-
-def capture(subject: Subject) -> ExportedProgram:
-    """The program of the model, by ``torch.export``."""
-    sizes: dict[int, Any] = {0: Dim("batch", min=1)} if subject.dynamic_batch else {}
-    if subject.dynamic_size:
-        sizes |= {2: Dim("height", min=32), 3: Dim("width", min=32)}
-    with torch.no_grad():
-        return torch.export.export(
-            subject.model,
-            (subject.images,),
-            dynamic_shapes=(sizes or None,),
-            prefer_deferred_runtime_asserts_over_guards=subject.dynamic_size,
-        )
 
 
 def flat(outputs: Any) -> list[Tensor]:
@@ -64,7 +65,7 @@ def flat(outputs: Any) -> list[Tensor]:
 
 
 def _write_onnx(subject: Subject, path: Path) -> None:
-    export_onnx.write(capture(subject), path, subject.described(), subject.outputs, subject.opset)
+    export_onnx.write(subject.program, path, subject.described(), subject.outputs, subject.opset)
 
 
 def _load_onnx(path: Path, device: torch.device) -> Run:
@@ -86,7 +87,7 @@ def _load_torchscript(path: Path, device: torch.device) -> Run:
 
 
 def _write_pt2(subject: Subject, path: Path) -> None:
-    torch.export.save(capture(subject), path, extra_files=subject.described())
+    torch.export.save(subject.program, path, extra_files=subject.described())
 
 
 def _load_pt2(path: Path, device: torch.device) -> Run:
@@ -96,7 +97,7 @@ def _load_pt2(path: Path, device: torch.device) -> Run:
 
 def _write_aoti(subject: Subject, path: Path) -> None:
     torch._inductor.aoti_compile_and_package(
-        capture(subject), package_path=str(path), inductor_configs={"aot_inductor.metadata": subject.described()}
+        subject.program, package_path=str(path), inductor_configs={"aot_inductor.metadata": subject.described()}
     )
 
 

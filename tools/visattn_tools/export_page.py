@@ -18,15 +18,16 @@ written by `tools/export.py` with random weights, none of them constant, for bat
 random images of the model's own size in batches of 1 and 3, neither of which was traced. A figure is the largest
 difference from eager torch in float32, relative to the largest value of the output; up to {tolerance:g} passes. ONNX
 files are run by onnxruntime on the CPU. *maps* are the feature maps of `features_only`, *sizes* files that take images
-of any height and width, run on two other sizes.
+of any height and width that 32 divides, run on two other sizes.
 
 """
 FOOT = """
 `+n`: {explained}
 """
 EXPLAINED = (
-    "n of the 4 images are not counted. Their error is beyond the tolerance, but so is the model's own movement when "
-    "noise of 3e-6 is added to its sums: it chooses between scores that are equal but for rounding."
+    "n images are not counted, and others were drawn where no image of a batch was left. Their error is beyond the "
+    "tolerance, but at most ten times what noise of 3e-6 in its sums does to the model itself: it chooses between "
+    "scores that are equal but for rounding."
 )
 WORDS = {"classes": "", "features": " maps", "sizes": " sizes"}
 
@@ -42,7 +43,8 @@ def _cell(record: Record | None) -> str:
         return ""
     if "failure" in record:
         return "fails"
-    return f"{record['relative_error']:.1e}" + (f" +{record['left_out']}" if record.get("left_out") else "")
+    error = record["relative_error"]
+    return (f"{error:.1e}" if error else "0") + (f" +{record['left_out']}" if record.get("left_out") else "")
 
 
 def export_page(records: Sequence[Record]) -> str:
