@@ -105,6 +105,7 @@ def main() -> None:
     about = {
         "command": command(),
         "operator": args.operator,
+        "shapes": args.shapes,
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -15,6 +15,8 @@ OPERATORS = {
     "window": "window attention",
 }
 """What ``gpu.py`` measures."""
+SHAPES = {"bias": ", with biases"}
+"""Groups of shapes that are another case of an operator."""
 PEERS = {
     "gather": "the steps of BiFormer's own code",
     "compiled": "those through `torch.compile`",
@@ -88,9 +90,14 @@ def summary(folder: Path | None = None) -> str:
     formats = _formats()
     lines = ["| operator | beside | shapes | forward | forward + backward | measured |", "|---|---|---:|---|---|---|"]
     documents = [d for d in _documents(folder).values() if "operator" in d["about"]]
-    for document in sorted(documents, key=lambda d: list(OPERATORS).index(d["about"]["operator"])):
+    documents.sort(key=lambda d: (list(OPERATORS).index(d["about"]["operator"]), d["about"].get("shapes") in SHAPES))
+    for document in documents:
         about, rows = document["about"], document["rows"]
-        cells = [OPERATORS[about["operator"]], ", ".join(PEERS[name] for name in formats.peers(rows)), str(len(rows))]
+        peers = [PEERS[name] for name in formats.peers(rows)]
+        if formats.suffix(rows) == "_kernels_ms" and len(peers) > 1:
+            peers[0] = f"the fastest of {peers[0]}"
+        title = OPERATORS[about["operator"]] + SHAPES.get(about.get("shapes", ""), "")
+        cells = [title, ", ".join(peers), str(len(rows))]
         for way, mean in formats.means(rows).items():
             ratios = [formats.ratio(row, way, rows) for row in rows]
             spread = f" ({min(ratios):.1f} to {max(ratios):.1f}x)" if len(rows) > 1 else ""
