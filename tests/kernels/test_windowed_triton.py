@@ -113,8 +113,17 @@ def test_gradient_of_biases_some_images_at_a_time(monkeypatch):
     geometry = ([3, 3], [1, 1], [1, 1], [False, False])
     x = make({**PLAIN, "B": 3, "grid": (3, 4), "bias": True, "geometry": geometry})
     image = 3 * 4 * 2 * 9 * 4  # bytes of the gradients of its logits
-    monkeypatch.setattr("visattn_kernels.neighborhood.triton_bias.MOST_BYTES", 2 * image)
+    monkeypatch.setattr(triton_bias, "MOST_BYTES", 2 * image)
     check(lambda y, backend: call(y, geometry, backend), x)
+
+
+def test_gradient_of_biases_with_wide_offsets(monkeypatch):
+    geometry = ([3, 2], [1, 1], [1, 1], [False, False])
+    monkeypatch.setattr(triton_bias, "FAR", 1)
+    check(
+        lambda y, backend: call(y, geometry, backend),
+        make({**PLAIN, "B": 1, "grid": (4, 5), "bias": True, "geometry": geometry}),
+    )
 
 
 def test_strided_maps_and_cotangents():

@@ -23,6 +23,8 @@ from ..triton_support import Launch, meta
 from .triton_geometry import axis_of_keys, axis_of_tile, members_of, window_of
 from .triton_tiling import Tiling, Windows
 
+FAR = 1 << 31
+"""Offsets from here on are computed in 64 bits."""
 MOST_BYTES = 1 << 28
 """Gradients of logits in memory at a time; more images than these hold take several turns."""
 
@@ -130,12 +132,18 @@ def _kinds(q_length: int, length: int, windows: Windows, way: Tiling, of_keys: b
     left = right = widest = 0
     for group in {0, min(whole, groups - 1)}:
         members, n = math.ceil((q_length - group) / dilation), max(math.ceil((length - group) / dilation), size)
-        boxes = [_box(i * box, box, members, n, windows, of_keys) for i in range(tiles)]
-        widest = max(widest, *(b[0] for b in boxes))
-        like = boxes[tiles // 2]
-        others = [i for i, b in enumerate(boxes) if b != like]
-        left = max([left, *(i + 1 for i in others if i < tiles // 2)])
-        right = max([right, *(tiles - i for i in others if i > tiles // 2)])
+        boxes = functools.partial(_box, size=box, members=members, n=n, windows=windows, of_keys=of_keys)
+        like = boxes(tiles // 2 * box)
+        widest = max(widest, like[0])
+        edges = [0, 0]
+        for side, order in enumerate((range(tiles // 2), range(tiles - 1, tiles // 2, -1))):
+            for count, i in enumerate(order, 1):
+                found = boxes(i * box)
+                if found != like:
+                    edges[side], widest = count, max(widest, found[0])
+                elif box % windows.stride[2] == 0:  # from here to the middle no border matters
+                    break
+        left, right = max(left, edges[0]), max(right, edges[1])
     return left, right, whole, (left + 1 + right) * (2 if whole < groups else 1), max(widest, 1)
 
 
@@ -201,7 +209,7 @@ def _folds(pairs: Any, grid: Any, windows: Windows) -> list[tuple[Launch, int]]:
             launch = Launch(
                 na_fold_kernel, outer * chunks, (q_grid[a], grid[a], windows.dilation[a], chunks),
                 {"A": keys, "K": k, "S": windows.stride[a], "CAUSAL": windows.is_causal[a], "C": inner,
-                 "FAR": q_grid[a] * keys * k * inner >= 1 << 31, "BLOCK_Q": 16, "BLOCK": 128},
+                 "FAR": q_grid[a] * keys * k * inner >= FAR, "BLOCK_Q": 16, "BLOCK": 128},
             )  # fmt: skip
             folds.append((launch, outer * lanes))
         inner *= 2 * k - 1

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta
 from ..triton_tiles import LOG2E, load_tokens
+from . import triton_bias
 from .triton_bias import BiasRows, bias_rows, images_at_a_time, kind_of_box, sum_by_offset
 from .triton_bwd_keys import na_bwd_dkv_kernel
 from .triton_bwd_shared import extra_gradients
@@ -207,7 +208,7 @@ def plans(
     )
     terms = 2 * way.columns
     table = bias_rows(bias, q_grid[2], grid[2], windows, way, q[2])
-    many = math.prod(q_grid) * math.prod(windows.kernel_size) >= 1 << 31  # slots of an image and head pass 32 bits
+    many = math.prod(q_grid) * math.prod(windows.kernel_size) >= triton_bias.FAR
     dq = Launch(
         na_bwd_dq_kernel, B * way.programs * heads,
         (*strides, *maps, *way.counts, *way.tiles, heads, heads // kv_heads, 0 if extra is None else extra[0][2],
