@@ -49,7 +49,7 @@ def export_parser() -> Parser:
         nargs="?",
         const=32,
         metavar="STEP",
-        help="take images of any height and width that STEP divides, from twice on; default of STEP: %(const)s",
+        help="take images of any height and width that STEP (%(const)s) divides, from a STEP below --img-size on",
     )
     add("--opset", type=number(int, 18), help="version of ONNX's operators; default: torch's choice")
     add("--torchscript", choices=("script", "trace"), help="default: script; trace for --features-only")
@@ -163,8 +163,8 @@ def open_subject(args: argparse.Namespace, options: Mapping[str, bool], device: 
     channels, *size = config["input_size"]
     size = [args.img_size[0], args.img_size[-1]] if args.img_size else size
     if step := args.dynamic_size:  # not square: two equal sizes would be one symbol
-        rows = max(3, round(size[0] / step))
-        size = [rows * step, max(3, round(size[1] / step), rows + 1) * step]
+        rows = max(3, round(min(size) / step))
+        size = [rows * step, (rows + 1) * step]
     model.to(device)
     probe(model, info.architecture, (channels, size[0], size[1]))
     facts = asdict(info) | {"data_config": {**config, "input_size": [channels, *size]}, "weights": source}
@@ -175,6 +175,8 @@ def open_subject(args: argparse.Namespace, options: Mapping[str, bool], device: 
         outputs = [f"map_{i}" for i in range(len(facts["reduction"]))]
     else:
         facts["num_classes"] = model.num_classes
+    if step:
+        facts |= {"size_step": step, "smallest_size": size[0] - step}
     images = torch.randn(args.batch_size or 2, channels, *size, device=device)
     script = (args.torchscript or ("trace" if args.features_only else "script")) == "script"
     return Subject(model, images, outputs, facts, not args.batch_size, step or 0, args.opset, script), source

@@ -86,8 +86,8 @@ def check_shapes(subject: Subject) -> list[tuple[int, int, int]]:
     batch, _, height, width = subject.images.shape
     batches = (1, 3) if subject.dynamic_batch else (batch, batch)
     sizes = [(height, width), (height, width)]
-    if subject.step:
-        sizes = [(height + subject.step, width - subject.step), (max(height, width), max(height, width))]
+    if subject.step:  # a choice that depends on the size shows at the ends
+        sizes = [(2 * width + subject.step, 2 * height), (subject.smallest, subject.smallest)]
     return [(b, *size) for b, size in zip(batches, sizes)]
 
 

@@ -26,7 +26,7 @@ class Subject:
         outputs: Names of the outputs.
         facts: What the file says of the model.
         dynamic_batch: Whether the file takes any number of images.
-        step: The file takes images whose height and width are multiples of it, from twice on; 0 for those of one size.
+        step: The file takes images whose height and width are multiples of it, from `smallest` on; 0 for one size.
         opset: Of ONNX; None for torch's choice.
         script: Whether TorchScript is to be scripted rather than traced.
     """
@@ -40,12 +40,18 @@ class Subject:
     opset: int | None = None
     script: bool = True
 
+    @property
+    def smallest(self) -> int:
+        """The least height and width with a `step`: a step less than the traced one has."""
+        return min(self.images.shape[2:]) - self.step
+
     @cached_property
     def program(self) -> ExportedProgram:
         """The model as ``torch.export`` captures it."""
         sizes: dict[int, Any] = {0: Dim("batch", min=1)} if self.dynamic_batch else {}
         if self.step:
-            sizes |= {2: self.step * Dim("rows", min=2), 3: self.step * Dim("columns", min=2)}
+            least = self.smallest // self.step
+            sizes |= {2: self.step * Dim("rows", min=least), 3: self.step * Dim("columns", min=least)}
         with torch.no_grad():
             return torch.export.export(
                 self.model,
