@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from visattn_tools import export_formats, export_onnx, export_table
 from visattn_tools.checkpoint import ModelInfo, save_weights
 from visattn_tools.cli import UserError
-from visattn_tools.export import main
+from visattn_tools.export import export_parser, main
 from visattn_tools.export_check import Refused, compare, wake
 from visattn_tools.export_page import export_page
 from visattn_tools.results import read_results
@@ -43,6 +44,15 @@ FAMILIES = {
 def figures(folder: Path, *flags: object) -> dict[str, Any]:
     main([*map(str, flags), "--output", str(folder), "--json", str(folder / "figures.json")])
     return json.loads((folder / "figures.json").read_text())
+
+
+def test_the_readmes_commands_are_understood() -> None:
+    section = (Path(__file__).parents[2] / "README.md").read_text().split("\n### Export\n")[1].split("\n### ")[0]
+    commands = [line for line in section.splitlines() if line.startswith("python tools/export.py ")]
+    assert len(commands) >= 4
+    for command in commands:
+        args = export_parser().parse(shlex.split(command, comments=True)[2:])
+        assert args.checkpoint or args.model
 
 
 @needs_onnx
