@@ -146,6 +146,7 @@ UNITS = r"images/s|images per second|ms\b|s\b|seconds|[KMG]i?B\b|GMACs|TFLOP|M p
 FIGURE = re.compile(rf"\d[\d,.]*(?:x\b|\s*(?:{UNITS}))")
 """What looks measured: a number with a unit of speed, memory or accuracy."""
 
+
 def hand_written(text: str) -> list[str]:
     """Figures in the prose of a page, outside of what ``tools/make_tables.py`` writes and outside of code."""
     text = re.sub(r"<!-- (\S+): written by .*?<!-- /\1 -->", "", text, flags=re.DOTALL)
