@@ -20,7 +20,9 @@ from visattn_tools.cli import UserError
 from visattn_tools.export import export_parser, main
 from visattn_tools.export_check import Refused, compare, wake
 from visattn_tools.export_page import export_page
-from visattn_tools.results import read_results
+from visattn_tools.results import load, read_results
+
+import visattn
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in export_onnx.PACKAGES), reason="needs the ONNX packages"
@@ -267,3 +269,12 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "not done after 1 s" in page
     with pytest.raises(UserError, match="unknown model"):
         export_table.main(["nothing", "--output", str(results)])
+
+
+def test_the_table_has_every_variant() -> None:
+    """Files of both required formats agree for all that is registered."""
+    newest = {(row["model"], row["bench"]): row for row in load("export")}
+    names = [name for name in visattn.list_models() if not name.startswith("test_")]
+    for bench in ("onnx classes", "pt2 classes"):
+        bad = [name for name in names if newest.get((name, bench), {}).get("relative_error", 1) > 1e-4]
+        assert not bad, bench
