@@ -175,9 +175,38 @@ def test_hugging_face_datasets(
     picture, target = data.train.source[17]  # type: ignore[index]
     assert (picture.mode, data.class_names[target]) == ("RGB", "red")
     training.main(flags("run", *SHORT, *more))
-    stream = ["--dataset", f"hfids/{image_folder}", "--train-num-samples", 18, "--val-num-samples", 9]
-    training.main(flags("stream", *SHORT, *more, *stream))
-    assert load_state(tmp_path / "runs/stream/checkpoints/state.pt")["class_names"] == ["blue", "green", "red"]
+
+
+def test_a_stream_of_hugging_face(
+    flags: Flags, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its classes are found, or numbered anew; it is entered anywhere; and each loader process needs a shard."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    more = ["--dataset", f"hfids/{image_folder}", "--data-dir", tmp_path / "cache", "--batch-size", 4]
+    more += ["--train-num-samples", 18, "--val-num-samples", 9]
+
+    def batches(epoch: int, start: int, *other: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        args = parse_train_args(flags("x", *more, *other))
+        loader = TrainLoader(open_data(args, (3, 32, 32)).train, args, CONFIG, Processes("cpu"))
+        loader.start_at(epoch, start)
+        return list(loader)
+
+    training.main(flags("run", *SHORT, *more))
+    assert load_state(tmp_path / "runs/run/checkpoints/state.pt")["class_names"] == ["blue", "green", "red"]
+    whole, rest = batches(1, 0), batches(1, 2)
+    assert len(whole) == len(rest) + 2 == 5
+    for (images, targets), (expected, classes) in zip(rest, whole[2:], strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(targets, classes)
+    names = tmp_path / "classes.txt"
+    names.write_text("red\ngreen\nblue\n")
+    assert torch.equal(batches(1, 0, "--class-map", names)[0][1], 2 - whole[0][1])
+    names.write_text("red\ngreen\n")
+    with pytest.raises(UserError, match=r"\(train\) has classes that --class-map does not name: blue"):
+        batches(1, 0, "--class-map", names)
+    with pytest.raises(UserError, match=r"--workers 2: .* \(train\) has shards for 1 in each process; give no more"):
+        batches(1, 0, "--workers", 2)
 
 
 @pytest.mark.parametrize(

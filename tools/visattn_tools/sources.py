@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import create_dataset
 
 from .cli import UserError, nearest
+from .processes import process_count, process_rank
 
 DATASETS = ("folder", "digits", "synthetic")
 INDEXED, STREAMED = ("torch/", "hfds/"), ("wds/", "hfids/")
@@ -196,10 +197,11 @@ class Streamed:
     Args:
         dataset: What timm's ``create_dataset`` made.
         class_names: Names of the classes.
+        numbers: Of the classes, in place of those that the dataset gives them.
     """
 
-    def __init__(self, dataset: Any, class_names: list[str]) -> None:
-        self.dataset, self.class_names = dataset, class_names
+    def __init__(self, dataset: Any, class_names: list[str], numbers: dict[int, int] | None = None) -> None:
+        self.dataset, self.class_names, self.numbers = dataset, class_names, numbers or {}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -210,7 +212,8 @@ class Streamed:
         self.dataset.set_epoch(epoch)
         reader.ds = None  # a pipeline that has been read from before would go on with its old shuffle
         reader.worker_seed = seed
-        yield from self.dataset
+        for picture, target in self.dataset:
+            yield picture, self.numbers.get(target, target)
 
 
 def some(label: str, names: set[str]) -> str:
@@ -246,7 +249,8 @@ def open_timm(args: argparse.Namespace, class_names: list[str] | None, train: bo
     options: dict[str, Any] = {"download": args.dataset_download} if args.dataset.startswith("torch/") else {}
     if not args.dataset.startswith("torch/"):
         options = {"input_key": args.input_key, "target_key": args.target_key}
-        options["class_map"] = {name: number for number, name in enumerate(class_names)} if class_names else None
+        mapped = class_names and not args.dataset.startswith("hfids/")  # whose own names timm does not know yet
+        options["class_map"] = {name: number for number, name in enumerate(class_names or [])} if mapped else None
     if stream:
         options |= {"is_training": train, "batch_size": args.batch_size, "num_samples": samples, "seed": args.seed}
     try:
@@ -257,8 +261,8 @@ def open_timm(args: argparse.Namespace, class_names: list[str] | None, train: bo
         missing = _PACKAGES.get(_prefix(args)) if "Please install" in str(error) else None
         reason = f"needs a package: pip install {missing}" if missing else f"cannot be opened: {error}"
         raise UserError(f"{where} {reason}") from None
-    found = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
-    names = class_names or [str(name) for name, _ in sorted(found.items(), key=lambda item: item[1])]
+    own = _classes(dataset, args.dataset, split, where, workers if train else 0)
+    names = class_names or own
     if not names and not args.num_classes:
         raise UserError(f"{where} does not say which classes there are: give --num-classes or --class-map")
     names = names or [str(number) for number in range(args.num_classes)]
@@ -268,7 +272,33 @@ def open_timm(args: argparse.Namespace, class_names: list[str] | None, train: bo
     if not len(dataset):
         flag = "train" if train else "val"
         raise UserError(f"{where} does not say how many images there are: give --{flag}-num-samples")
-    return Streamed(dataset, names)
+    if mapped or not class_names:
+        return Streamed(dataset, names)
+    if outside := set(own) - set(names):
+        raise UserError(f"{where} has classes that --class-map does not name{some(':', outside)}")
+    return Streamed(dataset, names, {number: names.index(name) for number, name in enumerate(own)})
+
+
+def _classes(dataset: Any, kind: str, split: str, where: str, workers: int) -> list[str]:
+    """The names that a dataset has for its classes, if it has any."""
+    reader = getattr(dataset, "reader", dataset)
+    if not kind.startswith("hfids/"):
+        found = getattr(reader, "class_to_idx", None) or {}
+        return [str(name) for name, _ in sorted(found.items(), key=lambda item: item[1])]
+    # timm's reader learns them, and how the data are cut, in the loader's processes only.
+    from datasets.distributed import split_dataset_by_node
+
+    try:
+        stream = reader.builder.as_streaming_dataset(split=split)
+    except Exception as error:  # as in opening it
+        raise UserError(f"{where} cannot be opened: {error}") from None
+    shards = split_dataset_by_node(stream, rank=process_rank(), world_size=process_count()).num_shards
+    if shards < workers:
+        raise UserError(
+            f"--workers {workers}: {where} has shards for {shards} in each process; give no more, "
+            f"or read it as hfds/, which needs none"
+        )
+    return getattr((stream.features or {}).get(reader.target_key), "names", None) or []
 
 
 def _prefix(args: argparse.Namespace) -> str:
