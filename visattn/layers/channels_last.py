@@ -44,7 +44,8 @@ class DepthwiseConv(nn.Conv2d):
 
     Args:
         dim: Channels.
-        kernel_size: Odd size of the filters.
+        kernel_size: Size of the filters; odd, or any with an even `dilation`.
+        dilation: Pixels between their taps.
 
     Shape:
         (B, H, W, dim) -> (B, H, W, dim), plus `add` of the same shape where given
@@ -54,14 +55,28 @@ class DepthwiseConv(nn.Conv2d):
         self,
         dim: int,
         kernel_size: int,
+        dilation: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **dd)
+        padding = dilation * (kernel_size - 1) // 2
+        super().__init__(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, **dd)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        return depthwise_conv(x, self.weight, self.bias, add)
+        return depthwise_conv(x, self.weight, self.bias, add, self.dilation[0])
+
+
+class DepthwiseConv2d(DepthwiseConv):
+    """As :class:`DepthwiseConv`, of maps of convs, which had better lie channels last in memory on a GPU.
+
+    Shape:
+        (B, dim, H, W) -> (B, dim, H, W)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        out = depthwise_conv(x.permute(0, 2, 3, 1), self.weight, self.bias, None, self.dilation[0])
+        return out.permute(0, 3, 1, 2)
 
 
 class MapLinear(nn.Linear):

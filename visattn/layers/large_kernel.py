@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .channels_last import DepthwiseConv2d
+
 
 class LargeKernelGate(nn.Module):
     """Multiply a map by a large depthwise conv of itself.
@@ -45,8 +47,8 @@ class LargeKernelGate(nn.Module):
                 f"have no centre; use an odd number of taps or an even dilation"
             )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.local_conv = nn.Conv2d(dim, dim, 2 * dilation - 1, padding=dilation - 1, groups=dim, **dd)
-        self.dilated_conv = nn.Conv2d(dim, dim, taps, padding=reach // 2, dilation=dilation, groups=dim, **dd)
+        self.local_conv = DepthwiseConv2d(dim, 2 * dilation - 1, **dd)
+        self.dilated_conv = DepthwiseConv2d(dim, taps, dilation, **dd)
         self.point_conv = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

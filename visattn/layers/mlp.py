@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .channels_last import MapLinear
+from .channels_last import DepthwiseConv, DepthwiseConv2d, MapLinear
 
 
 class MapMlp(nn.Module):
@@ -65,17 +65,12 @@ class DepthwiseMlp(nn.Module):
         def pointwise(dim: int, out_dim: int) -> nn.Module:
             return nn.Conv2d(dim, out_dim, 1, **dd) if use_conv else MapLinear(dim, out_dim, **dd)
 
-        self.use_conv = use_conv
         self.fc1 = pointwise(in_features, hidden_features)
-        self.dwconv = nn.Conv2d(hidden_features, hidden_features, 3, padding=1, groups=hidden_features, **dd)
+        self.dwconv = (DepthwiseConv2d if use_conv else DepthwiseConv)(hidden_features, 3, **dd)
         self.act = nn.GELU()
         self.drop = nn.Dropout(drop)
         self.fc2 = pointwise(hidden_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        if self.use_conv:
-            x = self.dwconv(x)
-        else:
-            x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.drop(self.fc2(self.drop(self.act(x))))
+        x = self.act(self.dwconv(self.fc1(x)))
+        return self.drop(self.fc2(self.drop(x)))

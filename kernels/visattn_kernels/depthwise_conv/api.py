@@ -28,14 +28,18 @@ def _why_not_triton(x: Tensor, weight: Tensor, add: Tensor | None) -> str | None
 
 @remembered
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, backend: str | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, dilation: int, backend: str | None
 ) -> Callable[..., Tensor]:
     """The function that runs these arguments."""
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}; expected floating-point (B, H, W, C)")
     C, size = x.shape[3], weight.shape[-1]
-    if tuple(weight.shape) != (C, 1, size, size) or size % 2 == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected ({C}, 1, k, k) with an odd k")
+    if dilation < 1:
+        raise ValueError(f"dilation={dilation} must be at least 1")
+    if tuple(weight.shape) != (C, 1, size, size) or dilation * (size - 1) % 2:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; expected ({C}, 1, k, k), k odd unless dilation={dilation} is even"
+        )
     if bias is not None and tuple(bias.shape) != (C,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({C},)")
     if add is not None and add.shape != x.shape:
@@ -45,15 +49,21 @@ def _check(
 
 
 def depthwise_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    dilation: int = 1,
+    backend: str | None = None,
 ) -> Tensor:
     """Depthwise convolution of stride 1 with zero padding, plus `add`.
 
     Args:
         x: Map (B, H, W, C). Strided views are fine.
-        weight: Filters (C, 1, k, k), k odd, as ``nn.Conv2d`` holds them.
+        weight: Filters (C, 1, k, k) as ``nn.Conv2d`` holds them; k is odd or `dilation` even, so that they are centred.
         bias: (C,) or None.
         add: What is added to the result, same shape as `x`; often `x` itself.
+        dilation: Pixels between the taps of a filter. Default: 1.
         backend: ``reference``, ``triton`` or None for the automatic choice; see :mod:`visattn_kernels.backend`.
 
     Returns:
@@ -63,9 +73,9 @@ def depthwise_conv(
         ValueError: Shapes that do not fit, or a backend that cannot run; the message names the argument.
     """
     if torch.jit.is_scripting():
-        return reference.depthwise_conv(x, weight, bias, add)
+        return reference.depthwise_conv(x, weight, bias, add, dilation)
     else:
         if x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
             low = x.to(torch.get_autocast_dtype("cuda"))
             x, add = low, low if add is x else add
-        return _check((x, weight, bias, add), (backend,))(x, weight, bias, add)
+        return _check((x, weight, bias, add), (dilation, backend))(x, weight, bias, add, dilation)

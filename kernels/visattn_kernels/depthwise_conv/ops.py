@@ -8,23 +8,26 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..triton_support import direct
 
-torch.library.define("visattn::depthwise_conv_fwd", "(Tensor x, Tensor taps, Tensor? bias, Tensor? add) -> Tensor")
 torch.library.define(
-    "visattn::depthwise_conv_bwd_dx", "(Tensor grad, Tensor taps, bool add_grad) -> (Tensor grad_x, Tensor grad_bias)"
+    "visattn::depthwise_conv_fwd", "(Tensor x, Tensor taps, Tensor? bias, Tensor? add, int dilation) -> Tensor"
+)
+torch.library.define(
+    "visattn::depthwise_conv_bwd_dx",
+    "(Tensor grad, Tensor taps, bool add_grad, int dilation) -> (Tensor grad_x, Tensor grad_bias)",
 )
 
 
 # Triton is imported when one of its kernels first runs.
-def _forward(x: Tensor, taps: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
+def _forward(x: Tensor, taps: Tensor, bias: Tensor | None, add: Tensor | None, dilation: int) -> Tensor:
     from .triton_fwd import forward
 
-    return forward(x, taps, bias, add)
+    return forward(x, taps, bias, add, dilation)
 
 
-def _backward_dx(grad: Tensor, taps: Tensor, add_grad: bool) -> tuple[Tensor, Tensor]:
+def _backward_dx(grad: Tensor, taps: Tensor, add_grad: bool, dilation: int) -> tuple[Tensor, Tensor]:
     from .triton_bwd import backward_dx
 
-    return backward_dx(grad, taps, add_grad)
+    return backward_dx(grad, taps, add_grad, dilation)
 
 
 torch.library.impl("visattn::depthwise_conv_fwd", "CompositeExplicitAutograd", _forward)
@@ -32,12 +35,12 @@ torch.library.impl("visattn::depthwise_conv_bwd_dx", "CompositeExplicitAutograd"
 
 
 @torch.library.register_fake("visattn::depthwise_conv_fwd")
-def _(x, taps, bias, add):  # type: ignore[no-untyped-def]
+def _(x, taps, bias, add, dilation):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("visattn::depthwise_conv_bwd_dx")
-def _(grad, taps, add_grad):  # type: ignore[no-untyped-def]
+def _(grad, taps, add_grad, dilation):  # type: ignore[no-untyped-def]
     return grad.new_empty(grad.shape), taps.new_empty(taps.shape[1], dtype=torch.float32)
 
 
@@ -55,41 +58,41 @@ def _side_by_side(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().contiguous()
 
 
-def _grad_weight(grad: Tensor, x: Tensor, taps: Tensor) -> Tensor:
+def _grad_weight(grad: Tensor, x: Tensor, taps: Tensor, dilation: int) -> Tensor:
     """Gradient of the filters by cuDNN, which is faster at it than our own kernel was (NOTES.md)."""
     size, nothing = math.isqrt(taps.shape[0]), [0, 0]
     weight = x.new_empty(taps.shape[1], 1, size, size)  # only its shape is read
     grads = torch.ops.aten.convolution_backward.default(
-        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, [0], [1, 1], [size // 2] * 2, [1, 1],
-        False, nothing, taps.shape[1], [False, True, False],
+        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, [0], [1, 1], [dilation * (size - 1) // 2] * 2,
+        [dilation] * 2, False, nothing, taps.shape[1], [False, True, False],
     )  # fmt: skip
     return grads[1].to(taps.dtype)
 
 
 class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, add, add_x):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, add, add_x, dilation):  # type: ignore[no-untyped-def]
         taps = _side_by_side(weight)
         ctx.save_for_backward(x, taps)
-        ctx.add_x, ctx.bias_dtype = add_x, None if bias is None else bias.dtype
-        return _fwd(x, taps, bias, x if add_x else add)
+        ctx.add_x, ctx.bias_dtype, ctx.dilation = add_x, None if bias is None else bias.dtype, dilation
+        return _fwd(x, taps, bias, x if add_x else add, dilation)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, taps = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_add, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, needs_add, *_ = ctx.needs_input_grad
         dx = dw = db = None
         if needs_x or needs_bias:
-            dx, db = _bwd_dx(grad, taps, ctx.add_x)
+            dx, db = _bwd_dx(grad, taps, ctx.add_x, ctx.dilation)
             db = db.to(ctx.bias_dtype) if needs_bias else None
         if needs_weight:
-            dw = _grad_weight(grad, x, taps)
-        return dx, dw, db, grad if needs_add else None, None
+            dw = _grad_weight(grad, x, taps, ctx.dilation)
+        return dx, dw, db, grad if needs_add else None, None, None
 
 
-def fused_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
+def fused_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, dilation: int) -> Tensor:
     """The registered operator; first-order gradients only."""
     if not torch.is_grad_enabled():
-        return _fwd(x, _side_by_side(weight), bias, add)
-    return _DepthwiseConv.apply(x, weight, bias, None if add is x else add, add is x)
+        return _fwd(x, _side_by_side(weight), bias, add, dilation)
+    return _DepthwiseConv.apply(x, weight, bias, None if add is x else add, add is x, dilation)

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, dilation: int = 1) -> Tensor:
     """Conv of a map (B, H, W, C) with zeros around it, plus `add`."""
-    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0]).permute(0, 2, 3, 1)
+    padding = dilation * (weight.shape[2] - 1) // 2
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, 1, padding, dilation, weight.shape[0]).permute(0, 2, 3, 1)
     return out if add is None else add + out

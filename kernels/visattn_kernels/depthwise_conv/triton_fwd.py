@@ -18,8 +18,8 @@ from ..triton_support import Launch, meta, unit_stride
 @triton.jit(do_not_specialize=["H", "W", "tiles", "inv_W"])
 def depthwise_conv_kernel(
     x, taps, bias, add, out, sums, x_b, x_y, x_x, a_b, a_y, a_x, H, W, inv_W, tiles, c_blocks,
-    C: tl.constexpr, K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FLIP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, SUM: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    FLIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """`SUM`: each program also stores the sum of its tokens of `x` per channel."""
     pid = tl.program_id(0)
@@ -33,10 +33,11 @@ def depthwise_conv_kernel(
     inside = (p < H * W)[:, None] & inside_c[None, :]
     acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     base = x + b * x_b + c[None, :]
+    REACH: tl.constexpr = DILATION * (K - 1) // 2
     for i in range(0, K):  # a loop at run time: unrolled, all loads at once would not fit the registers
-        row = y + (i - K // 2)
+        row = y + (i * DILATION - REACH)
         for j in tl.static_range(K):
-            there = col + (j - K // 2)
+            there = col + (j * DILATION - REACH)
             inside_x = (row >= 0) & (row < H) & (there >= 0) & (there < W)
             values = tl.load(base + (row * x_y + there * x_x)[:, None], mask=inside & inside_x[:, None], other=0.0)
             tap = taps + ((K - 1 - i) * K + K - 1 - j if FLIP else i * K + j) * C
@@ -53,7 +54,7 @@ def depthwise_conv_kernel(
 
 
 @functools.lru_cache(4096)
-def plan(x: Any, add: Any, taps: Any, bias: Any, backward: bool) -> tuple[Launch, int]:
+def plan(x: Any, add: Any, taps: Any, bias: Any, dilation: int, backward: bool) -> tuple[Launch, int]:
     """The launch for arguments of these shapes, strides and dtypes, and the number of partial sums per channel."""
     B, H, W, C = x[0]
     block_c = min(64, triton.next_power_of_2(C))
@@ -64,20 +65,20 @@ def plan(x: Any, add: Any, taps: Any, bias: Any, backward: bool) -> tuple[Launch
         B * tiles * c_blocks,
         (*x[1][:3], *(x[1] if add is None else add[1])[:3], H, W, 1 / W, tiles, c_blocks),
         {
-            "C": C, "K": math.isqrt(taps[0][0]), "BLOCK_P": block_p, "BLOCK_C": block_c, "FLIP": backward,
-            "HAS_BIAS": bias is not None, "HAS_ADD": add is not None, "SUM": backward,
+            "C": C, "K": math.isqrt(taps[0][0]), "DILATION": dilation, "BLOCK_P": block_p, "BLOCK_C": block_c,
+            "FLIP": backward, "HAS_BIAS": bias is not None, "HAS_ADD": add is not None, "SUM": backward,
         },
         stages=1,
     )  # fmt: skip
     return launch, B * tiles
 
 
-def forward(x: Tensor, taps: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
-    """Conv with `taps` (k * k, C) plus `add`, contiguous."""
+def forward(x: Tensor, taps: Tensor, bias: Tensor | None, add: Tensor | None, dilation: int) -> Tensor:
+    """Conv with `taps` (k * k, C), `dilation` pixels apart, plus `add`, contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
         return out
     x, add, taps = unit_stride(x), add if add is None else unit_stride(add), taps.contiguous()
-    launch, _ = plan(meta(x), meta(add), meta(taps), None if bias is None else bias.dtype, False)
+    launch, _ = plan(meta(x), meta(add), meta(taps), None if bias is None else bias.dtype, dilation, False)
     launch(x, taps, taps if bias is None else bias.contiguous(), x if add is None else add, out, out)
     return out
