@@ -31,8 +31,11 @@ if _override is not None:
     _check_name(_override, "environment variable VISATTN_BACKEND")
 
 
-# Before torch 2.7 compiling and exporting look alike.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+def _is_exporting() -> bool:
+    """``torch.compiler.is_exporting()``, by the flag behind it: to torch 2.11, all that Dynamo compiles is exported."""
+    if hasattr(torch.compiler, "_is_exporting_flag"):
+        return torch.compiler._is_exporting_flag
+    return torch.compiler.is_compiling()  # before torch 2.7 both look alike
 
 
 @contextmanager
@@ -63,6 +66,14 @@ def current_override() -> str | None:
 def must_stay_plain() -> bool:
     """Whether the caller is being exported or traced, where an opaque operator would not survive."""
     return torch.jit.is_tracing() or _is_exporting()
+
+
+def any_size(sizes: list[int]) -> bool:
+    """Whether the graph being exported is to hold for maps of any size, so that no branch may depend on `sizes`."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return _is_exporting() and any(isinstance(n, torch.SymInt) for n in sizes)
 
 
 def select_backend(

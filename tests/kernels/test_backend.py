@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 import visattn_kernels as vk
 from torch.utils.flop_counter import FlopCounterMode
 from visattn_kernels.backend import select_backend
+
+import visattn  # noqa: F401  registers the models
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +31,34 @@ def refuses() -> str:
 def test_automatic_choice():
     assert select_backend("op", None, runs) == "triton"
     assert select_backend("op", None, refuses) == "reference"
+
+
+def test_compiled_code_may_take_the_kernels_and_exported_code_not():
+    class Choice(torch.nn.Module):
+        def forward(self, x):
+            return x + 1 if select_backend("op", None, runs) == "triton" else x.clone()
+
+    zero = torch.zeros(1)
+    assert torch.compile(Choice(), backend="eager", fullgraph=True)(zero) == 1
+    for strict in (False, True):
+        assert torch.export.export(Choice(), (zero,), strict=strict).module()(zero) == 0
+    assert torch.jit.trace(Choice(), (zero,), check_trace=False)(zero) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["test_biformer", "test_davit", "test_halonet", "test_nat", "test_van"])
+def test_a_compiled_model_takes_the_kernels(name):
+    called = set()
+
+    def note(graph, inputs):
+        called.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    model = timm.create_model(name).cuda().eval()
+    images = torch.randn(2, *model.pretrained_cfg["input_size"], device="cuda")
+    with torch.no_grad():
+        torch.compile(model, backend=note)(images)
+    assert any(target.startswith("visattn.") for target in called)
 
 
 def test_the_interpreter_is_never_the_automatic_choice(monkeypatch):
