@@ -2,7 +2,7 @@
 
 from .bi_level_routing import BiLevelRoutingAttention, RegionRouter, RoutingRecord, record_routing
 from .channel_group import ChannelGroupAttention
-from .channels_last import DepthwiseConv, DepthwiseConv2d, MapLinear, MapNorm, MapNorm2d
+from .channels_last import DepthwiseConv, DepthwiseConv2d, MapLinear, MapNorm, MapNorm2d, PointwiseConv2d
 from .connectivity import ConnectivityPredictor
 from .global_attention import GlobalAttention
 from .halo import HaloAttention, resize_rel_table
@@ -30,6 +30,7 @@ __all__ = [
     "MapNorm",
     "MapNorm2d",
     "NeighborhoodAttention",
+    "PointwiseConv2d",
     "RegionRouter",
     "ReversedAttention",
     "RoutingRecord",

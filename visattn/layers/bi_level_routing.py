@@ -16,6 +16,7 @@ from visattn_kernels import (
     region_routing,
     topk_routing,
 )
+from visattn_kernels.backend import any_size
 
 from .channels_last import DepthwiseConv, MapLinear
 
@@ -208,7 +209,8 @@ class BiLevelRoutingAttention(nn.Module):
             return self.lepe(x, out)
         # The conv sees the padding as far as its kernel reaches; beyond the padded map it sees zeros.
         fill = pad_v.to(x.dtype).reshape(-1)
-        rows, cols = min(rows, self.lepe_margin), min(cols, self.lepe_margin)
+        if not any_size([H, W]):
+            rows, cols = min(rows, self.lepe_margin), min(cols, self.lepe_margin)
         x = torch.cat([x, fill.expand(B, H, cols, x.shape[-1])], dim=2)
         x = torch.cat([x, fill.expand(B, rows, W + cols, x.shape[-1])], dim=1)
         return out + self.lepe(x)[:, :H, :W]
@@ -228,7 +230,7 @@ class BiLevelRoutingAttention(nn.Module):
         pad_q: Tensor | None = None
         pad_k: Tensor | None = None
         pad_v: Tensor | None = None
-        if rows + cols > 0:
+        if any_size([H, W]) or rows + cols > 0:
             pad_q, pad_k, pad_v = self._outside()
 
         indices, weights = self.router(q, k, pad_q, pad_k)

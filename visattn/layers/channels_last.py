@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm, register_notrace_function
 from torch import Tensor, nn
 from visattn_kernels import add_layer_norm, depthwise_conv, layer_norm, linear
@@ -77,6 +78,40 @@ class DepthwiseConv2d(DepthwiseConv):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         out = depthwise_conv(x.permute(0, 2, 3, 1), self.weight, self.bias, None, self.dilation[0])
         return out.permute(0, 3, 1, 2)
+
+
+def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """1x1 conv of a map (B, C, H, W): on a GPU a matrix product, where the map lies channels last in memory.
+
+    cuDNN leaves the bias to a pass of its own.
+    """
+    if x.is_cuda and x.is_contiguous(memory_format=torch.channels_last):
+        return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias)
+
+
+register_notrace_function(pointwise_conv)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """1x1 conv, see :func:`pointwise_conv`.
+
+    Args:
+        dim: Channels.
+        out_dim: Channels of the result.
+
+    Shape:
+        (B, dim, H, W) -> (B, out_dim, H, W)
+    """
+
+    def __init__(
+        self, dim: int, out_dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, out_dim, 1, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pointwise_conv(x, self.weight, self.bias)
 
 
 class MapLinear(nn.Linear):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .channels_last import DepthwiseConv2d
+from .channels_last import DepthwiseConv2d, PointwiseConv2d
 
 
 class LargeKernelGate(nn.Module):
@@ -49,7 +49,7 @@ class LargeKernelGate(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.local_conv = DepthwiseConv2d(dim, 2 * dilation - 1, **dd)
         self.dilated_conv = DepthwiseConv2d(dim, taps, dilation, **dd)
-        self.point_conv = nn.Conv2d(dim, dim, 1, **dd)
+        self.point_conv = PointwiseConv2d(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.point_conv(self.dilated_conv(self.local_conv(x)))
@@ -82,10 +82,10 @@ class LargeKernelAttention(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.proj_in = nn.Conv2d(dim, dim, 1, **dd)
+        self.proj_in = PointwiseConv2d(dim, dim, **dd)
         self.act = nn.GELU()
         self.gate = LargeKernelGate(dim, kernel_size, dilation, **dd)
-        self.proj_out = nn.Conv2d(dim, dim, 1, **dd)
+        self.proj_out = PointwiseConv2d(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_out(self.gate(self.act(self.proj_in(x)))) + x

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .channels_last import DepthwiseConv, DepthwiseConv2d, MapLinear
+from .channels_last import DepthwiseConv, DepthwiseConv2d, MapLinear, PointwiseConv2d
 
 
 class MapMlp(nn.Module):
@@ -62,14 +62,12 @@ class DepthwiseMlp(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        def pointwise(dim: int, out_dim: int) -> nn.Module:
-            return nn.Conv2d(dim, out_dim, 1, **dd) if use_conv else MapLinear(dim, out_dim, **dd)
-
-        self.fc1 = pointwise(in_features, hidden_features)
-        self.dwconv = (DepthwiseConv2d if use_conv else DepthwiseConv)(hidden_features, 3, **dd)
+        pointwise, depthwise = (PointwiseConv2d, DepthwiseConv2d) if use_conv else (MapLinear, DepthwiseConv)
+        self.fc1 = pointwise(in_features, hidden_features, **dd)
+        self.dwconv = depthwise(hidden_features, 3, **dd)
         self.act = nn.GELU()
         self.drop = nn.Dropout(drop)
-        self.fc2 = pointwise(hidden_features, in_features)
+        self.fc2 = pointwise(hidden_features, in_features, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.dwconv(self.fc1(x)))
