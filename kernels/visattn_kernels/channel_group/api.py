@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..backend import select_backend
+from ..backend import remembered, select_backend
 from ..checks import check_map, check_same
+from ..triton_support import why_not_heads
 from . import reference
+from .ops import fused_channel_group_attention
 
-
-def _why_not_triton() -> str | None:
-    return "this version has no Triton kernel for it"
+MAX_CHANNELS = 64
+"""Most channels of a group in the Triton kernel, which holds matrices of channels by channels in registers."""
 
 
 def channel_group_attention(
@@ -46,6 +47,12 @@ def channel_group_attention(
 
 
 def _checked_attention(q, k, v, scale, backend) -> Tensor:  # type: ignore[no-untyped-def]
+    run, factor = _known_attention((q, k, v), (scale, backend))
+    return run(q, k, v, factor)
+
+
+def _check_attention(q, k, v, scale, backend) -> tuple:  # type: ignore[no-untyped-def]
+    """The function that runs these arguments, and their scale."""
     for x, name in ((q, "q"), (k, "k"), (v, "v")):
         check_map(x, name)
     check_same(q, "q", k=k, v=v)
@@ -53,6 +60,16 @@ def _checked_attention(q, k, v, scale, backend) -> Tensor:  # type: ignore[no-un
         raise ValueError(f"k has shape {tuple(k.shape)}; expected batch, map and groups of q, {tuple(q.shape)}")
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}; expected the shape of k, {tuple(k.shape)}")
-    scale = k.shape[4] ** -0.5 if scale is None else scale
-    select_backend("channel_group_attention", backend, _why_not_triton, recompute=False)  # refuses what is not there
-    return reference.channel_group_attention(q, k, v, scale)
+    name = select_backend("channel_group_attention", backend, lambda: _why_not_triton(q, k, v), recompute=False)
+    run = fused_channel_group_attention if name == "triton" else reference.channel_group_attention
+    return run, k.shape[4] ** -0.5 if scale is None else scale
+
+
+def _why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    widest = max(q.shape[4], k.shape[4])
+    if widest > MAX_CHANNELS:
+        return f"a group has {widest} channels, it takes 1 to {MAX_CHANNELS}"
+    return why_not_heads(q, k, v)
+
+
+_known_attention = remembered(_check_attention)
