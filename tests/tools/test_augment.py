@@ -6,18 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
 from runs import LIVELY, assert_same_run, killed
+from safetensors.torch import load_file
 from timm.data import auto_augment
+from torch import nn
 from visattn_tools import training
 from visattn_tools.augment import Albumentations, train_transform
+from visattn_tools.checkpoint import load_state
 from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
 from visattn_tools.data import open_data, seeded
 from visattn_tools.loaders import EpochSampler, TrainLoader
 from visattn_tools.processes import Processes
+from visattn_tools.split_norm import split_batch_norms
 
 Flags = Callable[..., list[str]]
 ROOT = Path(__file__).parents[2]
@@ -128,9 +133,35 @@ def test_several_views_of_an_image(flags: Flags) -> None:
     training.main(flags("run", *more, "--epochs", 1, "--warmup-epochs", 0))
 
 
+def test_norms_of_their_own_for_each_view(flags: Flags) -> None:
+    """They see other statistics, and are left out of the weights that are for use."""
+    more = ["--aug-splits", 2, "--jsd-loss", "--split-bn", "--aa", "rand-m9-inc1", "--batch-size", 6]
+    more += ["--epochs", 1, "--warmup-epochs", 0, "--model-ema"]
+    run = training.train(parse_train_args(flags("run", *more)))
+    plain = timm.create_model("test_efficientnet", num_classes=3).state_dict()
+    assert load_file(run.best).keys() == load_file(run.last).keys() == plain.keys()
+    state = load_state(run.state)
+    for kind in ("model", "ema"):
+        assert len(state[kind]) == len(plain) + len([key for key in plain if "bn" in key])
+    means = [key for key in plain if key.endswith("running_mean")]
+    assert not any(
+        torch.equal(state["model"][key], state["model"][key.replace(".running", ".aux_bn.0.running")]) for key in means
+    )
+    training.main(flags("run", *more, "--epochs", 2, "--resume", "auto"))
+    with pytest.raises(UserError, match=r"was run with --aug-splits 2, not 3"):
+        training.main(flags("run", *more, "--epochs", 3, "--aug-splits", 3, "--resume", "auto"))
+    with pytest.raises(UserError, match=r"--split-bn: test_vit has no batch norms"):
+        training.main(flags("vit", *more, "--model", "test_vit", "--model-kwargs", "img_size=32"))
+    other = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12))
+    with pytest.raises(UserError, match=r"--split-bn: mine has batch norms of something else than maps"):
+        split_batch_norms(other, 2, "mine", (3, 2, 2))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--split-bn"], r"--split-bn needs --aug-splits"),
+        (["--split-bn", "--aug-splits", "2", "--sync-bn"], r"--split-bn cannot be had with --sync-bn"),
         (["--aug-repeats", "0.5"], r"--aug-repeats 0.5 must be 0 or at least 1"),
         (["--jsd-loss"], r"--aug-splits 0 must be at least 2 with --jsd-loss"),
         (["--aug-splits", "2", "--mixup", "0.1"], r"--aug-splits cannot be had with --mixup"),

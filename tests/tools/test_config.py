@@ -1,11 +1,13 @@
 """Flags and recipes: what is accepted, and that what is not is named with its nearest neighbour."""
 
+import re
 from pathlib import Path
 
 import pytest
 from visattn_tools.cli import UserError
 from visattn_tools.config import config_text, parse_train_args
 from visattn_tools.flags import train_parser
+from visattn_tools.timm_flags import ELSEWHERE
 
 DIGITS = ["--dataset", "digits", "--model", "test_efficientnet"]
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,46 @@ def test_every_flag_has_help() -> None:
     parser = train_parser()
     assert [action.dest for action in parser._actions if not action.help] == []
     assert "--grad-accum-steps" in parser.format_help()
+
+
+# What timm's train.py took when it had got distillation, and what notes and tests of 1.0.31 name besides.
+TIMM_FLAGS = """
+    aa amp amp-dtype aug-repeats aug-splits batch-size bce-loss bce-pos-weight bce-sum bce-target-thresh bn-eps
+    bn-momentum channels-last checkpoint-hist class-map class-stats clip-grad clip-mode color-jitter
+    color-jitter-prob config cooldown-epochs crop-pct cutmix cutmix-minmax data-dir dataset dataset-download
+    dataset-trust-remote-code decay-epochs decay-milestones decay-rate device device-modules dist-bn
+    distill-loss-weight dr drop drop-block drop-connect drop-path epoch-repeats epochs eval-metric experiment
+    fast-norm fuser gaussian-blur-prob gp grad-accum-steps grad-checkpointing grayscale-prob head-init-bias
+    head-init-scale hflip img-size in-chans initial-checkpoint input-img-mode input-key input-size interpolation
+    jsd-loss kd-distill-type kd-loss-type kd-model-name kd-student-feature-dim kd-teacher-feature-dim kd-temperature
+    kd-token-distill-type layer-decay layer-decay-min-scale layer-decay-no-opt-scale local-rank log-interval
+    log-wandb loss loss-class-weight loss-pos-weight loss-weight-power lr lr-base lr-base-scale lr-base-size
+    lr-cycle-decay lr-cycle-limit lr-cycle-mul lr-decay-fn lr-k-decay lr-noise lr-noise-pct lr-noise-std
+    lr-stable-timescale mean min-lr mixup mixup-mode mixup-off-epoch mixup-prob mixup-switch-prob model model-dtype
+    model-ema model-ema-decay model-ema-force-cpu model-ema-warmup model-kwargs momentum multilabel-threshold
+    naflex-loader naflex-loss-scale naflex-max-seq-len naflex-patch-size-probs naflex-patch-sizes
+    naflex-train-seq-lens no-aug no-ddp-bb no-prefetcher no-resume-opt num-classes opt opt-betas opt-eps opt-kwargs
+    output patience-epochs pin-mem poly-epsilon poly-gamma pretrained pretrained-cfg-overlay pretrained-path ratio
+    recount recovery-interval remode reprob resplit resume save-epochs save-images scale sched sched-on-updates seed
+    smoothing split-bn start-epoch std stop-epoch sync-bn synchronize-step target-format target-key task
+    task-loss-weight torchcompile torchcompile-mode torchscript train-crop-mode train-interpolation
+    train-num-samples train-split tta use-multi-epochs-loader val-interval val-num-samples val-split
+    validation-batch-size vflip wandb-project wandb-resume-id wandb-tags warmup-epochs warmup-lr warmup-prefix
+    weight-decay worker-seeding workers
+"""
+
+
+def test_every_flag_of_timm_is_there_or_has_advice(tmp_path: Path) -> None:
+    own = set(train_parser()._option_string_actions)
+    missing = {name for name in TIMM_FLAGS.split() if f"--{name}" not in own}
+    assert missing | {"amp-impl", "apex-amp", "native-amp"} == set(ELSEWHERE)
+    named = {flag for advice in ELSEWHERE.values() for flag in re.findall(r"--[a-z-]+[a-z]", advice)}
+    assert named <= own
+    for flag in ("--local_rank", "--local-rank=3"):
+        with pytest.raises(UserError, match=rf"unknown argument {flag[:12]}: torchrun says it to each process"):
+            parse_train_args([*DIGITS, flag])
+    with pytest.raises(UserError, match=r"recipe.yaml: unknown key 'recovery_interval': use --checkpoint-minutes"):
+        parse_train_args([*DIGITS, *_config(tmp_path, "recovery_interval: 10")])
 
 
 @pytest.mark.parametrize(

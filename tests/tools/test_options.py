@@ -15,10 +15,11 @@ from runs import assert_same_run, killed
 from safetensors.torch import load_file, save_file
 from torch import nn
 from visattn_tools import training
-from visattn_tools.checkpoint import load_state, read_header
+from visattn_tools.checkpoint import load_model, load_state, read_header
 from visattn_tools.cli import UserError
 from visattn_tools.config import parse_train_args
 from visattn_tools.distillation import DistillationObjective
+from visattn_tools.low_precision import InLowPrecision, average_for
 from visattn_tools.model_setup import create_model
 
 Flags = Callable[..., list[str]]
@@ -180,6 +181,75 @@ def test_feature_distillation(flags: Flags, tmp_path: Path) -> None:
     assert torch.equal(a["weight"], b["weight"])
     other = training.train(parse_train_args(flags("other", *more, "--seed", 42, "--epochs", 1))).state
     assert not torch.equal(load_state(other)["objective"]["weight"], a["weight"])
+
+
+def test_token_distillation(flags: Flags, tmp_path: Path) -> None:
+    """The first head learns from the classes, the second from the teacher; models without one are refused at once."""
+    torch.manual_seed(0)
+    small = {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    student: Any = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, **small)
+    teacher = timm.create_model("test_vit", num_classes=3, img_size=32).eval()
+    images, targets = torch.rand(4, 3, 32, 32) * 2 - 1, torch.tensor([0, 1, 2, 0])
+    mean, std = (torch.tensor(teacher.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))  # type: ignore
+    with torch.no_grad():
+        theirs = teacher(((images * 0.5 + 0.5) - mean) / std)
+    norm, base = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]), ["--kd-model-name", "test_vit", "--kd-distill-type", "token"]
+    for kind, temperature in (("soft", 2), ("hard", 1)):
+        more = [*base, "--kd-token-distill-type", kind, "--kd-temperature", temperature, "--task-loss-weight", 0.3]
+        args = parse_train_args(flags("x", *more))
+        objective = DistillationObjective(student.train(), nn.CrossEntropyLoss(), teacher, norm, args)
+        student.zero_grad()
+        loss = objective(student, images, targets, 0)
+        loss.backward()
+        logits, second = student(images)
+        divergence = F.kl_div((second / 2).log_softmax(1), (theirs / 2).softmax(1), reduction="batchmean") * 4
+        distance = divergence if kind == "soft" else F.cross_entropy(second, theirs.argmax(1))
+        whole = 0.3 * F.cross_entropy(logits, targets) + 0.7 * distance
+        assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+        expected = torch.autograd.grad(0.7 * distance, student.head_dist.weight)[0]
+        assert torch.allclose(student.head_dist.weight.grad, expected, atol=1e-6), "the teacher alone moves it"
+        assert expected.abs().max() > 1e-3
+    weights = tmp_path / "teacher.safetensors"
+    save_file(teacher.state_dict(), weights)
+    base += ["--kd-model-path", str(weights)]
+    kwargs = [f"{key}={value}" for key, value in small.items()]
+    model = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", *kwargs]
+    train = flags("run", *SHORT, *base, *model, "--head-init-scale", 0, "--clip-grad", 1)
+    assert _train(train)["head_dist.weight"].abs().max() > 0
+    with pytest.raises(UserError, match=r"token: test_efficientnet has no distillation head; use logit or feature"):
+        training.main(flags("bad", *SHORT, *base))
+    assert not (tmp_path / "runs/bad").exists()
+    with pytest.raises(UserError, match=r"--kd-distill-type token .* not with --freeze-epochs"):
+        parse_train_args(flags("bad", *base, "--freeze-epochs", 1))
+
+
+def test_weights_of_low_precision(flags: Flags, tmp_path: Path) -> None:
+    """Weights and optimizer are bfloat16, what the loss sees is float32, and the file loads as any other."""
+    more = ["--model-dtype", "bfloat16", "--mixup", "0.5"]
+    run = training.train(parse_train_args(flags("run", *SHORT, *more)))
+    assert {value.dtype for value in load_file(run.best).values() if value.is_floating_point()} == {torch.bfloat16}
+    state = load_state(run.state)
+    assert {value["exp_avg"].dtype for value in state["optimizer"]["state"].values()} == {torch.bfloat16}
+    assert all(math.isfinite(row["train_loss"]) for row in state["history"])
+    model: Any = load_model(run.best)[0]
+    images = torch.rand(2, 3, 32, 32)
+    logits = model.eval()(images)
+    assert logits.dtype == torch.float32
+    low = InLowPrecision(model.to(torch.bfloat16), torch.bfloat16)(images)
+    assert low.dtype == torch.float32
+    assert torch.allclose(low, logits, atol=0.1)
+    assert not torch.equal(low, logits)
+    with pytest.raises(UserError, match=r"--model-dtype bfloat16 cannot be had with --amp"):
+        parse_train_args(flags("x", *more, "--amp"))
+    with pytest.raises(UserError, match=r"was run with --model-dtype bfloat16, not float32"):
+        training.main(flags("run", *SHORT, "--resume", "auto"))
+    average = average_for(model, parse_train_args(flags("x", *more, "--model-ema", "--model-ema-decay", 0.9999)))
+    assert average is not None
+    assert model.classifier.bias.dtype == torch.bfloat16
+    average.module.classifier.bias.data.fill_(1)
+    average.update(model)
+    expected = 1 - 1e-4 * (1 - model.classifier.bias.float())
+    assert torch.allclose(average.module.classifier.bias, expected, rtol=0, atol=1e-6), "a small step is not lost"
 
 
 def test_tensorboard(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
+from runs import assert_same_run
 from safetensors.torch import load_file
 from visattn_tools import engine, training
 from visattn_tools.checkpoint import load_state, read_header
@@ -97,6 +98,25 @@ def test_a_finished_run_can_be_prolonged_by_its_path(flags: Flags, tmp_path: Pat
     training.main(flags("ignored", "--epochs", 2, "--sched", "step", "--warmup-epochs", 0, "--resume", state))
     assert load_state(state)["epoch"] == 2
     assert not _run(tmp_path, "ignored").exists()
+
+
+def test_stopped_after_an_epoch_and_gone_on_with(flags: Flags, tmp_path: Path) -> None:
+    """The schedule is that of the whole run; chosen epochs are kept beside the best ones."""
+    more = ["--epochs", 3, "--warmup-epochs", 0, "--sched", "wsd", "--lr-decay-fn", "linear", "--decay-epochs", 2]
+    more += ["--save-epochs", 2, 3]
+    training.main(flags("straight", *more))
+    stopped = training.train(parse_train_args(flags("stopped", *more, "--stop-epoch", 2)))
+    assert [path.name for path in stopped.epochs()] == ["epoch-0002.safetensors"]
+    assert len(stopped.summary.read_text().splitlines()) == 1 + 2
+    training.main(["--config", str(stopped.config), "--resume", str(stopped.path)])
+    assert_same_run(tmp_path / "runs/stopped", tmp_path / "runs/straight")
+    assert [path.name for path in stopped.epochs()] == ["epoch-0002.safetensors", "epoch-0003.safetensors"]
+    rates = [float(line.rsplit(",", 1)[1]) for line in stopped.summary.read_text().splitlines()[1:]]
+    assert rates[2] == pytest.approx(rates[0] / 2), "half of the linear fall"
+    for flag in ("--stop-epoch", "--save-epochs"):
+        with pytest.raises(UserError, match=rf"{flag} 4: the schedule has 3 epochs"):
+            training.main(flags("x", *more, flag, 4))
+    assert not (tmp_path / "runs/x").exists()
 
 
 def test_what_a_resumed_run_must_share(flags: Flags, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 
@@ -27,11 +27,17 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are :class:`UserError` and which names the flag nearest to an unknown one."""
+    """argparse whose complaints are :class:`UserError` and which names the flag nearest to an unknown one.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Args:
+        elsewhere: Flags that people know from another program, without their dashes, and what to use instead.
+        kwargs: argparse's.
+    """
+
+    def __init__(self, elsewhere: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+        self.elsewhere = elsewhere or {}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -41,8 +47,13 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
-            raise UserError(f"unknown argument {flag}{nearest(flag, self._option_string_actions)}")
+            raise UserError(f"unknown argument {flag}{self.instead(flag, self._option_string_actions)}")
         return namespace
+
+    def instead(self, flag: str, known: Iterable[str]) -> str:
+        """A clause that says what to use in place of an unknown flag or key: see `elsewhere`, else :func:`nearest`."""
+        advice = self.elsewhere.get(flag.lstrip("-").replace("_", "-"))
+        return f": {advice}" if advice else nearest(flag, known)
 
 
 def number(

@@ -21,8 +21,8 @@ from .objectives import check_flags
 from .processes import process_count
 from .sources import check_dataset
 
-PLACES = ("config", "resume", "overwrite")
-"""Flags about where a run lies rather than what it is: no part of the saved configuration."""
+PLACES = ("config", "resume", "overwrite", "stop_epoch")
+"""Flags about where a run lies, or how far it goes now, rather than what it is: no part of the saved configuration."""
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +43,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """What a recipe, and the files that it extends, say; flags that they leave alone are not there."""
-    return {key: value for key, (value, _) in _settings(path, _actions(train_parser()), ()).items()}
+    return {key: value for key, (value, _) in _settings(path, train_parser(), ()).items()}
 
 
 def _actions(parser: Parser) -> dict[str, argparse.Action]:
@@ -54,7 +54,7 @@ def _read_config(path: Path, parser: Parser) -> argparse.Namespace:
     actions = _actions(parser)
     # As a command line, so that the file's values pass the same checks as the flags'.
     words: list[str] = []
-    for key, (value, source) in _settings(path, actions, ()).items():
+    for key, (value, source) in _settings(path, parser, ()).items():
         words += _words(source, key, value, actions[key])
     try:
         return parser.parse(words)
@@ -62,8 +62,9 @@ def _read_config(path: Path, parser: Parser) -> argparse.Namespace:
         raise UserError(f"--config {path}: {error}") from None
 
 
-def _settings(path: Path, actions: dict[str, argparse.Action], above: tuple[Path, ...]) -> dict[str, tuple[Any, Path]]:
+def _settings(path: Path, parser: Parser, above: tuple[Path, ...]) -> dict[str, tuple[Any, Path]]:
     """Value and origin of every key in `path` and the files that it extends; what extends has the last word."""
+    actions = _actions(parser)
     if path.resolve() in above:
         raise UserError(f"--config {above[0]}: {path} extends itself")
     try:
@@ -79,11 +80,11 @@ def _settings(path: Path, actions: dict[str, argparse.Action], above: tuple[Path
     if base is not None:
         if not isinstance(base, str):
             raise UserError(f"--config {path}: base: {base!r} must be the name of a file, from this one's folder")
-        found = _settings(path.parent / base, actions, (*above, path.resolve()))
+        found = _settings(path.parent / base, parser, (*above, path.resolve()))
     for key, value in config.items():
         name = str(key).replace("-", "_")
         if name not in actions:
-            raise UserError(f"--config {path}: unknown key {key!r}{nearest(name, [*actions, 'base'])}")
+            raise UserError(f"--config {path}: unknown key {key!r}{parser.instead(name, [*actions, 'base'])}")
         before = found.get(name, (None, path))[0]
         both = isinstance(before, dict) and isinstance(value, dict)
         found[name] = ({**before, **value} if both else value, path)
@@ -134,10 +135,12 @@ def _check(args: argparse.Namespace) -> None:
     check_device(args.device)
     if args.amp and args.amp_dtype == "float16" and not args.device.startswith("cuda"):
         raise UserError(f"--amp-dtype float16 needs --device cuda, got {args.device}; use bfloat16")
+    if args.amp and args.model_dtype != "float32":
+        raise UserError(f"--model-dtype {args.model_dtype} cannot be had with --amp, which is for weights of float32")
     if args.sync_bn and process_count() > 1 and not args.device.startswith("cuda"):
         raise UserError(f"--sync-bn needs --device cuda, got {args.device}: torch has it for GPUs only")
     if args.decay_epochs is None:
-        args.decay_epochs = 0.2 * args.epochs if args.sched == "wsd" else 90
+        args.decay_epochs = 0.2 * args.epochs if args.sched in ("wsd", "rsqrt") else 90
     if args.resume == "auto" and not args.experiment:
         raise UserError("--resume auto needs --experiment, the name of the run to go on with")
     if args.resume and args.overwrite:
@@ -158,8 +161,12 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         raise UserError(f"--aug-splits {args.aug_splits} must be at least 2 with --jsd-loss, or 0")
     if args.aug_splits and (mixing or args.aug == "albumentations" or args.no_aug):
         raise UserError("--aug-splits cannot be had with --mixup, --cutmix, --no-aug or --aug albumentations")
-    if args.resplit and not args.aug_splits:
-        raise UserError("--resplit needs --aug-splits")
+    for flag in ("resplit", "split_bn"):
+        if getattr(args, flag) and not args.aug_splits:
+            raise UserError(f"--{flag.replace('_', '-')} needs --aug-splits")
+    for flag in ("sync_bn", "fsdp"):
+        if getattr(args, flag) and args.split_bn:
+            raise UserError(f"--split-bn cannot be had with --{flag.replace('_', '-')}")
 
 
 def _check_fsdp(args: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """Knowledge distillation from any model of timm or visattn, through timm's task helpers."""
 
 import argparse
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +15,17 @@ from .objectives import Criterion, Objective
 
 
 class DistillationObjective(Objective):
-    """The criterion of the student's logits and their distance from the teacher's, as timm's tasks weigh them: of the
-    softmaxes, or of the pooled features, the student's through a linear layer of its own if they differ in width.
+    """The criterion of the student's logits and a distance from the teacher, as timm's tasks weigh them: between the
+    softmaxes; between the pooled features, the student's through a linear layer of its own if they differ in width; or
+    between the softmaxes, or the likeliest classes, of a second head of the student's and of the teacher.
 
     Args:
         model: The student.
         criterion: Loss of logits and targets.
         teacher: A trained model of the same classes.
         student_norm: Mean and standard deviation that the images come with.
-        args: ``--kd-distill-type``, ``--kd-temperature``, ``--distill-loss-weight``, ``--task-loss-weight``.
+        args: ``--kd-distill-type``, ``--kd-token-distill-type``, ``--kd-temperature``, ``--distill-loss-weight``,
+            ``--task-loss-weight``.
 
     Raises:
         UserError: The installed timm has no such tasks.
@@ -38,7 +41,7 @@ class DistillationObjective(Objective):
     ) -> None:
         super().__init__(model, criterion)
         try:
-            from timm.task import FeatureDistillationTask, LogitDistillationTask
+            from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
         except ImportError:
             raise UserError(f"--kd-model-name: the installed timm {timm.__version__} has no distillation") from None
         device = next(model.parameters()).device
@@ -55,12 +58,16 @@ class DistillationObjective(Objective):
         self.task: Any
         if args.kd_distill_type == "feature":
             self.task = FeatureDistillationTask(**options)
+        elif args.kd_distill_type == "token":
+            kind = args.kd_token_distill_type
+            self.task = TokenDistillationTask(**options, distill_type=kind, temperature=args.kd_temperature)
         else:
             self.task = LogitDistillationTask(**options, temperature=args.kd_temperature)
         self.task.to(device)
         if not hasattr(self.task, "trainable_module"):
             raise UserError(f"--kd-model-name needs timm 1.0.31, not {timm.__version__}, whose tasks work otherwise")
-        self._module: nn.Module = self.task.trainable_module  # the student, or it with the linear layer
+        # The student, or it with the linear layer.
+        self._module: nn.Module = self.task.trainable_module.to(next(model.parameters()).dtype)
         own_mean, own_std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in student_norm)
         teacher_part: Any = self.task.teacher
         scale, shift = own_std / teacher_part.std_kd, (own_mean - teacher_part.mean_kd) / teacher_part.std_kd
@@ -103,6 +110,8 @@ def check_distillation(args: argparse.Namespace) -> None:
         return
     if args.kd_distill_type == "feature" and args.fsdp:
         raise UserError("--kd-distill-type feature looks into the model: it cannot be had with --fsdp")
+    if args.kd_distill_type == "token" and args.freeze_epochs:
+        raise UserError("--kd-distill-type token trains a head that answers in training only: not with --freeze-epochs")
     if args.strategy:
         raise UserError("--kd-model-name and --strategy exclude each other: a strategy brings its own teacher")
     if not timm.is_model(args.kd_model_name):
@@ -111,6 +120,24 @@ def check_distillation(args: argparse.Namespace) -> None:
         )
     if args.kd_model_path and not Path(args.kd_model_path).is_file():
         raise UserError(f"--kd-model-path {args.kd_model_path}: no such file")
+
+
+def check_student(model: nn.Module, args: argparse.Namespace, input_size: Sequence[int]) -> None:
+    """Raise :class:`UserError` unless the student has the second head that ``--kd-distill-type token`` trains."""
+    if args.kd_distill_type != "token":
+        return
+    if hasattr(model, "set_distilled_training"):  # so have models that can be made with such a head or without
+        trial: Any = copy.deepcopy(model).train()  # batch norms would remember it
+        trial.set_distilled_training(True)
+        parameter = next(trial.parameters())
+        with torch.no_grad():
+            found = trial(torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype))
+        if isinstance(found, tuple) and [logits.shape for logits in found] == [(2, model.num_classes)] * 2:
+            return
+    raise UserError(
+        f"--kd-distill-type token: {args.model} has no distillation head; use logit or feature, or a model that has "
+        "one, as timm's deit_*_distilled_* and levit_*"
+    )
 
 
 def teacher_for(args: argparse.Namespace, num_classes: int, data_config: dict[str, Any]) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from timm.layers import convert_sync_batchnorm
 from timm.models import model_parameters
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,14 +21,17 @@ from .checkpoint import random_state, set_random_state
 from .cli import UserError
 from .criterion import criterion_for, mixup_for
 from .data import Data, Stream
-from .distillation import DistillationObjective, teacher_for
+from .distillation import DistillationObjective, check_student, teacher_for
 from .evaluation import Evaluation, evaluate
 from .loaders import TrainLoader, test_loader
 from .loss_check import LossCheck
+from .low_precision import average_for, in_float32
+from .model_setup import classifier_of
 from .objectives import objective_for
 from .processes import Processes
 from .progress import Progress
 from .schedule import load_schedule, optimizer_and_schedule, schedule_state
+from .split_norm import main_weights, with_views
 
 
 class LossNotFinite(UserError):
@@ -69,19 +72,18 @@ class Engine:
         if args.sync_bn and processes.count > 1:
             model = convert_sync_batchnorm(model)
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.model = model.to(self.device).to(memory_format=self.memory_format)
+        self.model = model.to(self.device, getattr(torch, args.model_dtype)).to(memory_format=self.memory_format)
         classes = len(data.class_names)
         self.mixup = mixup_for(args, classes)
         criterion = criterion_for(args, bool(self.mixup)).to(self.device)
         if args.kd_model_name:
+            check_student(model, args, data_config["input_size"])
             teacher = teacher_for(args, classes, data_config).to(self.device).to(memory_format=self.memory_format)
             norm = (data_config["mean"], data_config["std"])
             self.objective: Any = DistillationObjective(model, criterion, teacher, norm, args)
         else:
             self.objective = objective_for(model, criterion, args)  # before the optimizer: it may freeze parts
-        self.ema = (
-            ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
-        )
+        self.ema = average_for(model, args)
         if args.fsdp:
             sharding.shard(model, self.device)
             if self.ema:
@@ -112,14 +114,14 @@ class Engine:
         # The compiled module shares the parameters; state and weights are taken from the plain one.
         module = self.objective.module
         self.wrapped = module if self.args.fsdp else self.processes.wrap(module)
-        self.call = self._compiled(self.wrapped) if self.args.torchcompile else self.wrapped
+        self.call = in_float32(self._compiled(self.wrapped) if self.args.torchcompile else self.wrapped)
 
     def _freeze(self, frozen: bool) -> None:
         """Train the classifier alone, or all that is to be trained."""
         if frozen == self.frozen:
             return
         self.frozen, model = frozen, self.model
-        head = {id(parameter) for parameter in model.get_classifier().parameters()} if frozen else set()  # type: ignore
+        head = {id(parameter) for parameter in classifier_of(model).parameters()} if frozen else set()
         for parameter in self.trained:
             parameter.requires_grad_(not frozen or id(parameter) in head)
         self._wrap()  # DistributedDataParallel exchanges what is trained when it wraps
@@ -163,7 +165,7 @@ class Engine:
         if self.batch < batches:
             self.model.train(not self.frozen)
             if self.frozen:
-                self.model.get_classifier().train()  # type: ignore[operator]
+                classifier_of(self.model).train()
             if self.mixup and self.args.mixup_off_epoch and self.epoch >= self.args.mixup_off_epoch:
                 self.mixup.mixup_enabled = False
             self.train_batches.start_at(self.epoch, self.batch)
@@ -297,7 +299,7 @@ class Engine:
         self.weights.eval()
         # The average has parameters of its own, which the compiled model does not see; and every process tests alone.
         alone = self.ema or self.processes.count > 1 or self.objective.module is not self.model
-        call = self.weights if alone else self.call
+        call = in_float32(self.weights) if alone else self.call
 
         def classify(images: Tensor) -> Tensor:
             with self._autocast():
@@ -335,11 +337,11 @@ class Engine:
 
     def weights_state(self) -> dict[str, Any]:
         """The state of :attr:`weights`; with ``--fsdp`` all processes must ask and the first one gets it."""
-        return self._whole(self.weights)
+        return main_weights(self._whole(self.weights))
 
     def load_weights(self, path: Path) -> None:
         """Give :attr:`weights` what a file holds."""
-        self._load(self.weights, load_file(path))
+        self._load(self.weights, with_views(load_file(path), self.weights))
 
     def _load(self, model: nn.Module, state: dict[str, Any]) -> None:
         if self.args.fsdp:

@@ -9,8 +9,10 @@ from timm.utils import ParseKwargs
 from .cli import Parser, number
 from .sources import DATASETS, TIMM_DATASETS
 from .sparsifiner_losses import STRATEGIES, TOKEN_CRITERIA
+from .timm_flags import ELSEWHERE
 
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "plateau", "constant")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant")
+DECAYS = ("linear", "1-sqrt", "cosine", "power", "exp")
 
 _COUNT = number(int, 1)
 _EPOCHS = number(int, 0)
@@ -26,11 +28,11 @@ def _fractional_epochs(text: str) -> float:
 
 def train_parser() -> Parser:
     """The parser of ``tools/train.py``."""
-    parser = Parser(prog="train.py", description="Train an image classifier.")
+    parser = Parser(ELSEWHERE, prog="train.py", description="Train an image classifier.")
     switch = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("configuration and output").add_argument
-    add("--config", type=Path, metavar="FILE", help="YAML of defaults; keys are flags, base: FILE extends")
+    add("-c", "--config", type=Path, metavar="FILE", help="YAML of defaults; keys are flags, base: FILE extends")
     add("--output", default="runs", metavar="DIR", help="folder of the run folders")
     add("--experiment", metavar="NAME", help="name of the run folder; default: <time>-<model>")
     add("--overwrite", action=switch, default=False, help="replace the run in an existing run folder")
@@ -44,6 +46,7 @@ def train_parser() -> Parser:
     )
     add("--eval-metric", choices=("top1", "top5", "loss"), default="top1", help="what makes an epoch the best one")
     add("--checkpoint-hist", type=_EPOCHS, default=0, metavar="N", help="keep the weights of the N best epochs, too")
+    add("--save-epochs", type=_COUNT, nargs="+", metavar="N", help="keep the weights after so many epochs, too")
     add("--log-tensorboard", action=switch, default=False, help="write the curves for TensorBoard, too")
     add("--log-wandb", action=switch, default=False, help="log to Weights & Biases, too")
     add("--wandb-project", metavar="NAME", help="of Weights & Biases")
@@ -103,6 +106,12 @@ def train_parser() -> Parser:
     add("--grad-checkpointing", action=switch, default=False, help="recompute activations to save memory")
     add("--amp", action=switch, default=False, help="mixed precision")
     add("--amp-dtype", choices=("float16", "bfloat16"), default="bfloat16", help="of mixed precision")
+    add(
+        "--model-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and optimizer, not of --model-ema; float16 is for --amp, which scales small gradients",
+    )
     add("--fsdp", action=switch, default=False, help="shard weights and optimizer over torchrun's processes")
     add("--dist-bn", choices=("broadcast", "reduce"), default="broadcast", help="whose statistics are tested and saved")
     add("--sync-bn", action=switch, default=False, help="batch norm over the batches of all processes of torchrun")
@@ -132,6 +141,7 @@ def train_parser() -> Parser:
 
     add = parser.add_argument_group("schedule").add_argument
     add("--epochs", type=_COUNT, default=300, help="epochs of the schedule")
+    add("--stop-epoch", type=_COUNT, metavar="N", help="stop after N of them; --resume goes on with the schedule")
     add("--sched", choices=SCHEDULES, default="cosine", help="timm's schedules")
     add("--sched-on-updates", action=switch, default=False, help="change the rate after updates, not epochs")
     add("--lr", type=number(float, 0, 100, above=True), help="learning rate; default: from --lr-base")
@@ -143,9 +153,11 @@ def train_parser() -> Parser:
     add("--warmup-epochs", type=_fractional_epochs, default=5, help="epochs of the linear rise")
     add("--warmup-prefix", action=switch, default=False, help="warm up before --epochs, not within")
     add("--cooldown-epochs", type=_EPOCHS, default=0, help="epochs at --min-lr after the schedule")
-    add("--decay-epochs", type=_POSITIVE, help="step: interval, 90; wsd: length, a fifth of all")
+    add("--decay-epochs", type=_POSITIVE, help="step: interval, 90; wsd, rsqrt: length, a fifth of all")
     add("--decay-milestones", type=_COUNT, nargs="+", default=[90, 180, 270], help="multistep: epochs of the decays")
-    add("--decay-rate", type=_NOT_NEGATIVE, default=0.1, help="step, multistep, plateau: factor; poly: power")
+    add("--decay-rate", "--dr", type=_NOT_NEGATIVE, default=0.1, help="step, multistep, plateau: factor; poly: power")
+    add("--lr-decay-fn", choices=DECAYS, help="wsd, rsqrt: shape of the fall at the end; 1-sqrt, linear by default")
+    add("--lr-stable-timescale", type=_POSITIVE, metavar="E", help="rsqrt: epochs; default: --warmup-epochs")
     add("--patience-epochs", type=_EPOCHS, default=10, help="plateau: epochs without a better --eval-metric")
     add("--lr-noise", type=_FRACTION, nargs="+", metavar="SHARE", help="share of the epochs from, or between, which")
     add("--lr-noise-pct", type=_FRACTION, default=0.67, metavar="F", help="largest change by noise")
@@ -162,6 +174,7 @@ def train_parser() -> Parser:
     add("--aug-repeats", type=_NOT_NEGATIVE, default=0, metavar="N", help="N views each of fewer images; 0: off")
     add("--aug-splits", type=_EPOCHS, default=0, metavar="N", help="N views of each image, the first one plain; 0: off")
     add("--jsd-loss", action=switch, default=False, help="agreement of the --aug-splits, besides cross entropy")
+    add("--split-bn", action=switch, default=False, help="batch norms of their own for each of the --aug-splits")
     add("--resplit", action=switch, default=False, help="no erasing in the first of the --aug-splits")
     add("--train-crop-mode", choices=("rrc", "rkrc", "rkrr"), help="timm's kinds of random crop")
     add("--scale", type=_POSITIVE, nargs=2, default=[0.08, 1.0], help="area of the random crop")
@@ -193,8 +206,19 @@ def train_parser() -> Parser:
     add = parser.add_argument_group("distillation").add_argument
     add("--kd-model-name", metavar="NAME", help="the teacher: any model of visattn or timm")
     add("--kd-model-path", metavar="FILE", help="its weights; default: the published ones")
-    add("--kd-distill-type", choices=("logit", "feature"), default="logit", help="what is compared")
-    add("--kd-temperature", type=_POSITIVE, default=4.0, help="of the softmax of both, for logits")
+    add(
+        "--kd-distill-type",
+        choices=("logit", "feature", "token"),
+        default="logit",
+        help="what is compared: logits, pooled features, or the logits of a model's distillation head",
+    )
+    add(
+        "--kd-token-distill-type",
+        choices=("soft", "hard"),
+        default="soft",
+        help="token: with the teacher's softmax, or with its likeliest class",
+    )
+    add("--kd-temperature", type=_POSITIVE, default=4.0, help="of the softmax of both")
     add("--distill-loss-weight", type=_NOT_NEGATIVE, metavar="W", help="of the comparison; 1 by default")
     add("--task-loss-weight", type=_NOT_NEGATIVE, metavar="W", help="of the classes; alone: 1 - W for the other")
 

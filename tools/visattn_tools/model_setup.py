@@ -11,6 +11,7 @@ from torch import nn
 
 from .checkpoint import mismatch, read_header
 from .cli import UserError
+from .split_norm import split_batch_norms
 
 
 def data_config_for(args: argparse.Namespace) -> dict[str, Any]:
@@ -60,11 +61,19 @@ def create_model(args: argparse.Namespace, num_classes: int, data_config: dict[s
     if args.head_init_scale is not None or args.head_init_bias is not None:
         _initialise_head(model, args)
     probe(model, args.model, data_config["input_size"])
+    if args.split_bn:
+        model = split_batch_norms(model, args.aug_splits, args.model, data_config["input_size"])
     return model
 
 
+def classifier_of(model: Any) -> nn.ModuleList:
+    """The model's classifier: two where it has a second head, for distillation."""
+    found = model.get_classifier()
+    return nn.ModuleList(found if isinstance(found, tuple) else [found])
+
+
 def _initialise_head(model: Any, args: argparse.Namespace) -> None:
-    layers = [layer for layer in model.get_classifier().modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    layers = [layer for layer in classifier_of(model).modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     if not layers:
         raise UserError(f"--head-init-scale and --head-init-bias: {args.model} has no linear classifier")
     with torch.no_grad():

@@ -197,8 +197,8 @@ def check_flags(args: argparse.Namespace) -> None:
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} needs --strategy")
         return
-    for flag in ("torchcompile", "grad_checkpointing", "fsdp"):
-        if getattr(args, flag) and args.strategy != "cls":
+    for flag in ("torchcompile", "grad_checkpointing", "fsdp", "model_dtype"):
+        if getattr(args, flag) not in (False, None, "float32") and args.strategy != "cls":
             raise UserError(
                 f"--{flag.replace('_', '-')} cannot be had with --strategy {args.strategy}, which looks into the model"
             )

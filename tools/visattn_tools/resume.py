@@ -17,7 +17,7 @@ from .data import Data, Stream
 from .processes import Processes
 from .run_folder import RunFolder
 
-IDENTITY = ("model", "model_kwargs", "dataset", "opt", "model_ema", "strategy", "fsdp")
+IDENTITY = ("model", "model_kwargs", "dataset", "opt", "model_ema", "strategy", "fsdp", "split_bn", "model_dtype")
 """Flags that a resumed run must share with the run it goes on with."""
 POSITION = ("batch_size", "grad_accum_steps", "seed", "aug_repeats")
 """Flags that it must share besides, if that run stopped within an epoch: they say which images were seen."""
@@ -37,7 +37,7 @@ def resumable_state(folder: RunFolder, args: argparse.Namespace, data: Data, pro
     """
     state = load_newest_state(folder.state)
     before, now = state["config"], saved_config(args)
-    for key in IDENTITY:
+    for key in (*IDENTITY, *(("aug_splits",) if args.split_bn else ())):
         if before.get(key, now[key]) != now[key]:
             flag = f"--{key.replace('_', '-')}"
             raise UserError(f"--resume: {folder.path} was run with {flag} {before.get(key)}, not {now[key]}")

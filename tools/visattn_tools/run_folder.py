@@ -44,7 +44,7 @@ class RunFolder:
         self.state = self.checkpoints / "state.pt"
 
     def of_epoch(self, epoch: int) -> Path:
-        """Weights of one of the best epochs."""
+        """Weights of one of the best epochs, or of one that was asked for."""
         return self.checkpoints / f"epoch-{epoch:04d}.safetensors"
 
     def epochs(self) -> list[Path]:

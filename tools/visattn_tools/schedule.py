@@ -25,14 +25,16 @@ def optimizer_and_schedule(
     Raises:
         UserError: Flags that timm or the optimizer refuses.
     """
+    options = scheduler_kwargs(args)
+    for flag in ("lr_decay_fn", "lr_stable_timescale"):
+        if getattr(args, flag) and flag.removeprefix("lr_") not in options:
+            raise UserError(f"--{flag.replace('_', '-')} needs timm 1.0.31, not {timm.__version__}")
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
         with warnings.catch_warnings():
             # timm means to drop the plateau schedule because resumed runs lost its state; here they keep it.
             warnings.filterwarnings("ignore", "PlateauLRScheduler is deprecated")
-            scheduler, epochs = create_scheduler_v2(
-                optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch
-            )
+            scheduler, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=updates_per_epoch)
     except (ValueError, AssertionError, TypeError) as error:
         raise UserError(f"--opt {args.opt} with --sched {args.sched}: {error}") from error
     if scheduler is None:

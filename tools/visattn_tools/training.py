@@ -71,6 +71,9 @@ def _train(args: argparse.Namespace, processes: Processes) -> RunFolder:
         share = args.batch_size * args.grad_accum_steps * processes.count / args.lr_base_size
         args.lr = args.lr_base * (share**0.5 if args.lr_base_scale == "sqrt" else share)
     engine = Engine(model, data, data_config, args, processes)
+    for flag, epochs in (("--stop-epoch", [args.stop_epoch or 1]), ("--save-epochs", args.save_epochs or [1])):
+        if max(epochs) > engine.epochs:
+            raise UserError(f"{flag} {max(epochs)}: the schedule has {engine.epochs} epochs")
     if not processes.first:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed((args.seed + processes.rank) % 2**32)
@@ -144,7 +147,7 @@ class _Run:
                         folder.write_summary(self.history)
                 else:
                     self._save_state()  # so that an interruption at any time leaves something to resume
-                while engine.epoch < engine.epochs:
+                while engine.epoch < (self.args.stop_epoch or engine.epochs):
                     self._epoch()
             except Interrupted as interrupted:
                 self._checkpoint()
@@ -161,7 +164,7 @@ class _Run:
                     raise
                 self._interrupted(Interrupted(self.stop.received))
                 raise Interrupted(self.stop.received) from None
-        print(f"trained {engine.epochs} epochs in {duration(time.monotonic() - start)}")
+        print(f"trained {engine.epoch} epochs in {duration(time.monotonic() - start)}")
         self._finish()
 
     def _pause(self) -> None:
@@ -199,7 +202,7 @@ class _Run:
         # The state goes last: it is what a resumed run believes.
         if best:
             self._save_weights(self.folder.best)
-        self._save_among_the_best(row)
+        self._save_chosen(row)
         self._checkpoint()
         if self.processes.first:
             self.folder.write_summary(self.history)
@@ -245,12 +248,13 @@ class _Run:
         if self.processes.first:
             self.folder.log(event, **values)
 
-    def _save_among_the_best(self, row: dict[str, Any]) -> None:
+    def _save_chosen(self, row: dict[str, Any]) -> None:
         ranking = sorted(self.history, key=self._merit, reverse=True)[: self.args.checkpoint_hist]
-        if row in ranking:
+        chosen = {kept["epoch"] for kept in ranking} | set(self.args.save_epochs or ())
+        if row["epoch"] in chosen:
             self._save_weights(self.folder.of_epoch(row["epoch"]))
         if self.processes.first and self.args.checkpoint_hist:
-            kept = {self.folder.of_epoch(kept["epoch"]) for kept in ranking}
+            kept = {self.folder.of_epoch(epoch) for epoch in chosen}
             for path in self.folder.epochs():
                 if path not in kept:
                     path.unlink()
@@ -306,7 +310,9 @@ class _Run:
         result = engine.evaluate()
         if not self.processes.first:
             return
-        model = load_model(folder.best)[0] if self.args.fsdp else engine.weights  # of which this process has a shard
+        # Under --fsdp this process has but a shard of the model.
+        read = self.args.fsdp or self.args.model_dtype != "float32"
+        model = load_model(folder.best)[0].eval() if read else engine.weights
         pictures = report.write(folder, self.history, result, model, engine.data, self.info)
         print(f"best held-out top-1 {best['eval_top1']:.2f} % in epoch {best['epoch']}, last {last['eval_top1']:.2f} %")
         print(f"pictures: {', '.join(str(path) for path in pictures)}")
