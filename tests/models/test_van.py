@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import visattn_kernels as vk
 from goldens.golden import load_case, reference_state_dict
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -293,3 +294,20 @@ def test_new_classifier():
 def test_bad_settings(change, message):
     with pytest.raises(ValueError, match=message):
         VAN(device="meta", **change)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fused_layers_of_a_gpu_equal_its_convs():
+    """Channels last, depthwise convs are our kernels and pointwise ones matrix products."""
+    model = timm.create_model("test_van", num_classes=5, drop_path_rate=0.0, proj_drop_rate=0.0).cuda().train()
+    images = torch.randn(2, 3, 70, 90, device="cuda")
+
+    def run(backend, memory_format):
+        with vk.use_backend(backend), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            out = model.to(memory_format=memory_format)(images.contiguous(memory_format=memory_format))
+            grads = torch.autograd.grad(out.square().sum(), list(model.parameters()))
+            return torch.cat([x.flatten() for x in (out, *grads)])
+
+    expected = run("reference", torch.contiguous_format)
+    for actual in (run("triton", torch.channels_last), run("triton", torch.contiguous_format)):
+        assert (actual - expected).norm() <= 1e-4 * expected.norm()

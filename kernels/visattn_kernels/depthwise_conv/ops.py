@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -58,9 +59,18 @@ def _side_by_side(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().contiguous()
 
 
+def _phases(x: Tensor, dilation: int) -> Tensor:
+    """Map (B, H, W, C) as the maps of every `dilation`-th pixel, whose filters are dense; with zeros to equal sizes."""
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % dilation, 0, -x.shape[1] % dilation))
+    x = x.unflatten(1, (-1, dilation)).unflatten(3, (-1, dilation))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
 def _grad_weight(grad: Tensor, x: Tensor, taps: Tensor, dilation: int) -> Tensor:
-    """Gradient of the filters by cuDNN, which is faster at it than our own kernel was (NOTES.md)."""
+    """Gradient of the filters by cuDNN, which is faster at it than our own kernel was, but not at dilated ones."""
     size, nothing = math.isqrt(taps.shape[0]), [0, 0]
+    if dilation > 1 and size % 2:
+        grad, x, dilation = _phases(grad, dilation), _phases(x, dilation), 1
     weight = x.new_empty(taps.shape[1], 1, size, size)  # only its shape is read
     grads = torch.ops.aten.convolution_backward.default(
         grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, [0], [1, 1], [dilation * (size - 1) // 2] * 2,
