@@ -13,17 +13,18 @@ OPERATORS = {
     "neighborhood": "neighborhood attention",
     "halo": "halo attention, projections included",
     "window": "window attention",
+    "channel_group": "channel-group attention",
 }
 """What ``gpu.py`` measures."""
-SHAPES = {"bias": ", with biases"}
-"""Groups of shapes that are another case of an operator."""
+SHAPES = {"large": ", its last shapes", "bias": ", with biases"}
+"""Groups of shapes that have a table of their own."""
 PEERS = {
     "gather": "the steps of BiFormer's own code",
     "compiled": "those through `torch.compile`",
     "flex": "compiled FlexAttention",
     "sdpa": "torch's fused attention",
     "plain": "our plain torch",
-    "timm": "timm's `HaloAttn`",
+    "timm": "timm's own code",
 }
 """What stands beside ours."""
 CPU = {"davit_cpu": ("timm", 2), "halo_cpu": ("timm", 2), "neighborhood_cpu": ("Flex", 1)}
@@ -94,7 +95,9 @@ def summary(folder: Path | None = None) -> str:
     for document in documents:
         about, rows = document["about"], document["rows"]
         peers = [PEERS[name] for name in formats.peers(rows)]
-        if formats.suffix(rows) == "_kernels_ms" and len(peers) > 1:
+        if formats.suffix(rows) != "_kernels_ms":
+            peers = peers[:1]  # the one that ratios are against
+        elif len(peers) > 1:
             peers[0] = f"the fastest of {peers[0]}"
         title = OPERATORS[about["operator"]] + SHAPES.get(about.get("shapes", ""), "")
         cells = [title, ", ".join(peers), str(len(rows))]
