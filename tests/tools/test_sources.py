@@ -73,6 +73,15 @@ def test_made_up_images(flags: Flags, tmp_path: Path) -> None:
     assert data.train[33] == (data.train[1][0], 33 % 7)
 
 
+def test_data_of_torchvision_by_its_name(flags: Flags) -> None:
+    more = ["--dataset", "torch/image_folder", "--val-split", "val"]
+    ours, theirs = (open_data(parse_train_args(flags("x", *some)), (3, 32, 32)) for some in ([], more))
+    assert ours.class_names == theirs.class_names
+    for one, other in ((ours.train, theirs.train), (ours.test, theirs.test)):
+        assert len(one) == len(other) > 0
+        assert all(one.source[i] == other.source[i] for i in range(len(one)))  # type: ignore[index]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tar_files_hold_what_their_folders_do(flags: Flags, image_folder: Path, tmp_path: Path, workers: int) -> None:
     """Bit for bit, also through workers, which must not share the position in an open file."""
