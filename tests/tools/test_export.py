@@ -31,10 +31,10 @@ SMALL = ["--model", "test_ninformer"]
 
 # A part of a model has all of its operators; the time of ONNX's exporter grows with their number.
 FAMILIES = {
-    "biformer": "test_biformer --features-only --out-indices 0 --model-kwargs depths=(1,1,1,1)",
-    "davit": "test_davit --features-only --out-indices 0",
-    "halonet": "test_halonet --features-only --out-indices 0",
-    "nat": "test_nat --features-only --out-indices 0 --model-kwargs depths=(1,1,1,1) dilation=2",
+    "biformer": "test_biformer --features-only --out-indices 0 --model-kwargs depths=(1,1,1,1) --dynamic-size",
+    "davit": "test_davit --features-only --out-indices 0 --dynamic-size",
+    "halonet": "test_halonet --features-only --out-indices 0 --dynamic-size",
+    "nat": "test_nat --features-only --out-indices 0 --model-kwargs depths=(1,1,1,1) dilation=2 --dynamic-size",
     "van": "test_van --features-only --out-indices 0 1 --dynamic-size",
     "lookupvit": "test_lookupvit --features-only --out-indices 0",
     "dependencyvit": "test_dependencyvit --features-only --out-indices 0",
@@ -172,6 +172,8 @@ def test_another_result_leaves_no_file(
         ([*SMALL, "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--checkpoint", "missing.safetensors"], "no such checkpoint file"),
         (["--model", "test_lookupvit", "--img-size", "16"], "does not take 16x16 images"),
+        (["--model", "test_lookupvit", "--dynamic-size"], "--dynamic-size: test_lookupvit has tables"),
+        (["--model", "test_ninformer", "--dynamic-size", "--features-only"], "for the places of one grid of tokens"),
         ([*SMALL, "--features-only", "--out-indices", "77"], "--out-indices [77]"),
     ],
     ids=str,

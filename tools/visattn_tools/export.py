@@ -165,6 +165,12 @@ def open_subject(args: argparse.Namespace, options: Mapping[str, bool], device: 
     if step := args.dynamic_size:  # not square: two equal sizes would be one symbol
         rows = max(3, round(min(size) / step))
         size = [rows * step, (rows + 1) * step]
+        fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
+        if fixed and not info.model_args.get("dynamic_img_size"):  # which timm's transformers take
+            raise UserError(
+                f"--dynamic-size: {info.architecture} has tables or weights for the places of one grid of tokens; "
+                f"leave it out and write a file per --img-size"
+            )
     model.to(device)
     probe(model, info.architecture, (channels, size[0], size[1]))
     facts = asdict(info) | {"data_config": {**config, "input_size": [channels, *size]}, "weights": source}

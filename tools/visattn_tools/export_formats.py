@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_config
 
 from . import export_onnx
 
@@ -52,7 +53,8 @@ class Subject:
         if self.step:
             least = self.smallest // self.step
             sizes |= {2: self.step * Dim("rows", min=least), 3: self.step * Dim("columns", min=least)}
-        with torch.no_grad():
+        # Else sizes of the traced images that happen not to be 0 or 1 would be so for good.
+        with torch.no_grad(), symbolic_config.patch(backed_size_oblivious=bool(self.step)):
             return torch.export.export(
                 self.model,
                 (self.images,),

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..maps import pad_map
+from ..backend import any_size
+from ..maps import crop_map, pad_map, regroup
 
 
 def to_regions(x: Tensor, num_regions: tuple[int, int], region_size: tuple[int, int], pad: Tensor | None) -> Tensor:
@@ -17,7 +18,7 @@ def to_regions(x: Tensor, num_regions: tuple[int, int], region_size: tuple[int, 
     x = pad_map(x, gh * rh, gw * rw, pad)
     B, heads, dim = x.shape[0], x.shape[3], x.shape[4]
     x = x.reshape(B, gh, rh, gw, rw, heads, dim).permute(0, 5, 1, 3, 2, 4, 6)
-    return x.reshape(B, heads, gh * gw, rh * rw, dim)
+    return regroup(x, [B, heads, gh * gw, rh * rw, dim])
 
 
 def from_regions(
@@ -27,8 +28,8 @@ def from_regions(
     (gh, gw), (rh, rw) = num_regions, region_size
     B, heads, dim = x.shape[0], x.shape[1], x.shape[4]
     x = x.reshape(B, heads, gh, gw, rh, rw, dim).permute(0, 2, 4, 3, 5, 1, 6)
-    x = x.reshape(B, gh * rh, gw * rw, heads, dim)
-    return x[:, : map_size[0], : map_size[1]]
+    x = regroup(x, [B, gh * rh, gw * rw, heads, dim])
+    return crop_map(x, map_size[0], map_size[1])
 
 
 def region_descriptors(
@@ -40,7 +41,7 @@ def region_descriptors(
     """
     (gh, gw), (rh, rw) = num_regions, region_size
     B, H, W, heads, dim = x.shape
-    padded = gh * rh != H or gw * rw != W
+    padded = any_size([H, W]) or gh * rh != H or gw * rw != W
     x = pad_map(x, gh * rh, gw * rw, pad if count_padding else None)
     x = x.reshape(B, gh, rh, gw, rw, heads * dim)
     if count_padding or not padded:
@@ -121,7 +122,7 @@ def attend(
     B, heads, Q, r, dim = q.shape
     queries = q.reshape(B * heads, Q, r, dim)
     outputs: list[Tensor] = []
-    for start in range(0, Q, max_regions):
+    for start in [0] if any_size([Q]) else list(range(0, Q, max_regions)):
         rows = indices[:, :, start : start + max_regions]
         factor = weights[:, :, start : start + max_regions] if weights is not None else None
         outputs.append(

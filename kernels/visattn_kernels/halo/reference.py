@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..maps import crop_map, pad_map, regroup
+
 
 def logits_at_once(x: Tensor) -> int:
     """Logits to compute at a time: on a CPU a slice stays in the cache, elsewhere it only bounds memory."""
@@ -37,7 +39,7 @@ def windows(x: Tensor, cols: Tensor, w: int) -> Tensor:
     B, heads, dim = x.shape[0], x.shape[3], x.shape[4]
     r, c = x.shape[1] // w, cols.shape[0] // w
     x = x.index_select(2, cols).reshape(B, r, w, c, w, heads, dim).permute(0, 1, 3, 5, 2, 4, 6)
-    return x.reshape(B * r * c * heads, w * w, dim)
+    return regroup(x, [B * r * c * heads, w * w, dim])
 
 
 def attend(
@@ -71,7 +73,8 @@ def attend(
     g, w = height_rel.shape[0], height_rel.shape[1]
     r, c = q.shape[1] // g, q.shape[2] // g
     keys, values = windows(k, cols, w), windows(v, cols, w)
-    queries = q.reshape(B, r, g, c, g, heads, dim).permute(0, 1, 3, 5, 2, 4, 6).reshape(B * r * c * heads, g, g, dim)
+    queries = q.reshape(B, r, g, c, g, heads, dim).permute(0, 1, 3, 5, 2, 4, 6)
+    queries = regroup(queries, [B * r * c * heads, g, g, dim])
 
     half = height_rel.shape[2]  # the whole query, or its first half for the height and the second for the width
     by_row = torch.einsum("nijd,iud->niju", queries[..., :half], height_rel)
@@ -89,7 +92,7 @@ def attend(
     logits = logits.to(q.dtype).baddbmm_(queries.reshape(-1, g * g, dim), keys.transpose(1, 2), alpha=scale)
     out = logits.softmax(dim=-1) @ values
     out = out.reshape(B, r, c, heads, g, g, dim_v).permute(0, 1, 4, 2, 5, 3, 6)
-    return out.reshape(B, r * g, c * g, heads, dim_v)
+    return regroup(out, [B, r * g, c * g, heads, dim_v])
 
 
 def outside(size: int, blocks: int, block_size: int, halo_size: int, device: torch.device) -> Tensor:
@@ -118,8 +121,7 @@ def halo_attention(
     r, c = (H + block_size - 1) // block_size, (W + block_size - 1) // block_size
     Hq, Wq = q.shape[1], q.shape[2]
     bottom, right = r * block_size - H + halo_size, c * block_size - W + halo_size
-    if Hq < r * g or Wq < c * g:
-        q = F.pad(q, (0, 0, 0, 0, 0, c * g - Wq, 0, r * g - Hq))
+    q = pad_map(q, r * g, c * g, None)
     k = F.pad(k, (0, 0, 0, 0, halo_size, right, halo_size, bottom))
     v = F.pad(v, (0, 0, 0, 0, halo_size, right, halo_size, bottom))
     step = stride if pixel_offsets else 1
@@ -138,7 +140,7 @@ def halo_attention(
     plain = torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling()
     if plain or B * heads == 0:  # a graph stays one piece
         out = attend(q, k, v, by_row, by_col, outside_rows, outside_cols, cols, scale)
-        return out[:, :Hq, :Wq]
+        return crop_map(out, Hq, Wq)
     row_of_blocks, at_once = heads * c * g * g * w * w, logits_at_once(q)
     images = max(1, min(B, at_once // (row_of_blocks * r)))
     block_rows = max(1, min(r, at_once // row_of_blocks))
@@ -156,4 +158,4 @@ def halo_attention(
             parts.append(attend(part_q, part_k, part_v, by_row, by_col, mask, outside_cols, cols, scale))
         maps.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
     out = maps[0] if len(maps) == 1 else torch.cat(maps, dim=0)
-    return out[:, :Hq, :Wq]
+    return crop_map(out, Hq, Wq)

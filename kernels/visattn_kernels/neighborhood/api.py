@@ -260,7 +260,7 @@ def _check_windows(
                 f"stride={tuple(strides)} exceeds kernel_size={tuple(sizes)} on axis {axis}; "
                 f"use 1 to {size}, so that every query sees itself"
             )
-        if size * dilation > length and not padded:
+        if not padded and size * dilation > length:
             tokens = "x".join(map(str, grid))
             by = "" if dilation == 1 else f" with dilation={tuple(dilations)}"
             raise ValueError(

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backend import any_size
+
 
 class Axis(NamedTuple):
     """Queries and windows of one axis, block by block. Positions count inside a dilation group."""
@@ -64,18 +66,25 @@ def block_and_window(members: int, kernel_size: int, stride: int, rank: int) -> 
         block = ((members + blocks - 1) // blocks + stride - 1) // stride * stride
     window = block - stride + kernel_size
     # When its box is the whole group, a larger block costs nothing.
-    return (members, members) if window >= members else (block, window)
+    return (members, members) if not any_size([members]) and window >= members else (block, window)
+
+
+def dilation_groups(length: int, dilation: int) -> int:
+    """Groups of an axis; in a graph for any size, where tokens may be fewer, further ones repeat the last."""
+    return dilation if any_size([length]) else min(length, dilation)
 
 
 def axis_windows(
     length: int, kernel_size: int, stride: int, dilation: int, is_causal: bool, rank: int, device: torch.device
 ) -> Axis:
     """Windows of an axis of `length` tokens; one shorter than kernel_size * dilation counts as padded to that."""
-    groups, longest = min(length, dilation), (length + dilation - 1) // dilation
+    groups, longest = dilation_groups(length, dilation), (length + dilation - 1) // dilation
     block, window = block_and_window(longest, kernel_size, stride, rank)
     per_group = (longest + block - 1) // block
 
     group = torch.arange(groups, device=device).reshape(-1, 1, 1)
+    if any_size([length]):
+        group = group.clamp(max=length - 1)
     members = (length - 1 - group) // dilation + 1
     padded = members.clamp(min=kernel_size)
     position = block * torch.arange(per_group, device=device)[:, None] + torch.arange(block, device=device)
@@ -241,7 +250,7 @@ def in_order(x: Tensor, grid: list[int], dilation: list[int]) -> Tensor:
             x = x.narrow(a + 1, 0, grid[a])
         else:
             i = torch.arange(grid[a], device=x.device)
-            per_group = x.shape[a + 1] // min(grid[a], dilation[a])
+            per_group = x.shape[a + 1] // dilation_groups(grid[a], dilation[a])
             x = x.index_select(a + 1, i % dilation[a] * per_group + i // dilation[a])
     return x
 
@@ -255,6 +264,11 @@ def extra_keys(pad: Tensor | None, additional: Tensor | None, batch: int) -> Ten
     if shared is None:
         return outside
     return torch.cat([outside.to(shared.dtype), shared], dim=3)
+
+
+def for_each_block(extra: Tensor, blocks: int) -> Tensor:
+    """Extra keys of all blocks, copied: a product that repeats them asks whether there is one block only."""
+    return extra.expand(-1, blocks, -1, -1, -1).clone(memory_format=torch.contiguous_format)
 
 
 def logits(q: Tensor, keys: Tensor, table: Tensor, extra: Tensor | None, outside: Tensor | None) -> Tensor:
@@ -345,7 +359,7 @@ def neighborhood_attention(
     short = False
     for a, length in enumerate(grid):
         axes.append(axis_windows(length, kernel_size[a], stride[a], dilation[a], is_causal[a], len(grid), q.device))
-        short = short or length < kernel_size[a] * dilation[a]
+        short = short or (pad_k is not None and any_size([length])) or length < kernel_size[a] * dilation[a]
     extra_k = extra_keys(pad_k if short else None, additional_keys, B)
     extra_v = extra_keys(pad_v if short else None, additional_values, B)
     if extra_k is not None and extra_v is not None:
@@ -355,6 +369,8 @@ def neighborhood_attention(
     if plain or B == 0:  # a graph stays one piece
         table = box_table(axes, rel_pos_bias, work)
         outside = outside_bias(axes, rel_pos_bias, work) if short else None
+        if extra_k is not None and extra_v is not None and any_size(grid):
+            extra_k, extra_v = for_each_block(extra_k, table.shape[0]), for_each_block(extra_v, table.shape[0])
         out, lse = attend(q, k, v, axes, table, extra_k, extra_v, outside, scale, with_lse)
         return in_order(out.to(q.dtype), grid, dilation), in_order(lse, grid, dilation) if with_lse else lse
     # Some rows of blocks of some images at a time.

@@ -7,7 +7,7 @@ per window, (r, c) windows. Inside a window torch's own fused attention is the b
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..maps import pad_map
+from ..maps import crop_map, pad_map, regroup
 
 
 def to_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -16,14 +16,14 @@ def to_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
     r, c = x.shape[1] // h, x.shape[2] // w
     # One copy, which moves a token as a whole; the heads come forward as a view.
     x = x.reshape(x.shape[0], r, h, c, w, heads, dim).transpose(2, 3)
-    return x.reshape(x.shape[0] * r * c, h * w, heads, dim).transpose(1, 2)
+    return regroup(x, [x.shape[0] * r * c, h * w, heads, dim]).transpose(1, 2)
 
 
 def from_windows(x: Tensor, size: tuple[int, int], r: int, c: int) -> Tensor:
     """The way back from :func:`to_windows`."""
     (h, w), heads, dim = size, x.shape[1], x.shape[3]
     x = x.transpose(1, 2).reshape(x.shape[0] // (r * c), r, c, h, w, heads, dim).transpose(2, 3)
-    return x.reshape(x.shape[0], r * h, c * w, heads, dim)
+    return regroup(x, [x.shape[0], r * h, c * w, heads, dim])
 
 
 def window_attention(
@@ -43,4 +43,4 @@ def window_attention(
     k = to_windows(pad_map(k, r * h, c * w, pad_k), window_size)
     v = to_windows(pad_map(v, r * h, c * w, pad_v), window_size)
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return from_windows(out, window_size, r, c)[:, :H, :W]
+    return crop_map(from_windows(out, window_size, r, c), H, W)
