@@ -54,7 +54,7 @@ class Subject:
             least = self.smallest // self.step
             sizes |= {2: self.step * Dim("rows", min=least), 3: self.step * Dim("columns", min=least)}
         # Else sizes of the traced images that happen not to be 0 or 1 would be so for good.
-        with torch.no_grad(), symbolic_config.patch(backed_size_oblivious=bool(self.step)):
+        with torch.no_grad(), symbolic_config.patch(backed_size_oblivious=bool(self.step)):  # type: ignore[attr-defined]
             return torch.export.export(
                 self.model,
                 (self.images,),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..slices import accumulation_dtype
 from ..triton_support import direct
 from .reference import from_regions, gather_regions, to_regions
 
@@ -35,10 +36,6 @@ torch.library.define(
 
 
 Pair = tuple[int, int]
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _slices(indices: Tensor, kv_regions: int) -> list[slice]:
@@ -84,7 +81,7 @@ def _forward(
     kv_region_size: Pair,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    map_size, dtype, work = (q.shape[1], q.shape[2]), q.dtype, _accumulation_dtype(q)
+    map_size, dtype, work = (q.shape[1], q.shape[2]), q.dtype, accumulation_dtype(q)
     q = to_regions(q, num_regions, region_size, None)
     k = to_regions(k, kv_num_regions, kv_region_size, pad_k)
     v = to_regions(v, kv_num_regions, kv_region_size, pad_v)
@@ -122,7 +119,7 @@ def _backward(
     kv_region_size: Pair,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    map_size, kv_map_size, work = (q.shape[1], q.shape[2]), (k.shape[1], k.shape[2]), _accumulation_dtype(q)
+    map_size, kv_map_size, work = (q.shape[1], q.shape[2]), (k.shape[1], k.shape[2]), accumulation_dtype(q)
     kv_padded = (kv_num_regions[0] * kv_region_size[0], kv_num_regions[1] * kv_region_size[1])
     delta = (grad_out.to(work) * out.to(work)).sum(-1, keepdim=True)  # (B, H, W, heads, 1)
     tiles = [to_regions(x, num_regions, region_size, None) for x in (q, grad_out, lse[..., None], delta)]
@@ -205,7 +202,7 @@ def _fake_region_routing(q, k, num_regions, topk, *rest):  # type: ignore[no-unt
 
 
 def _fake_forward(q, k, v, indices, weights, pad_k, pad_v, *geometry):  # type: ignore[no-untyped-def]
-    return q.new_empty(*q.shape[:4], v.shape[-1]), q.new_empty(q.shape[:4], dtype=_accumulation_dtype(q))
+    return q.new_empty(*q.shape[:4], v.shape[-1]), q.new_empty(q.shape[:4], dtype=accumulation_dtype(q))
 
 
 def _fake_backward(grad_out, q, k, v, out, lse, indices, weights, pad_k, pad_v, *geometry):  # type: ignore[no-untyped-def]

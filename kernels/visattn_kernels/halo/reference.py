@@ -10,11 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..maps import crop_map, pad_map, regroup
-
-
-def logits_at_once(x: Tensor) -> int:
-    """Logits to compute at a time: on a CPU a slice stays in the cache, elsewhere it only bounds memory."""
-    return 1 << 18 if x.device.type == "cpu" else 1 << 26
+from ..slices import join, logits_at_once
 
 
 def relative_rows(table: Tensor, queries: int, window: int, step: int) -> Tensor:
@@ -156,6 +152,5 @@ def halo_attention(
         for top, (part_q, part_k, part_v) in zip(tops, pieces):
             mask = outside_rows[top : top + block_rows] if outside_rows is not None else None
             parts.append(attend(part_q, part_k, part_v, by_row, by_col, mask, outside_cols, cols, scale))
-        maps.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
-    out = maps[0] if len(maps) == 1 else torch.cat(maps, dim=0)
-    return crop_map(out, Hq, Wq)
+        maps.append(join(parts, 1))
+    return crop_map(join(maps, 0), Hq, Wq)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..slices import accumulation_dtype, logits_at_once
 from . import reference
-from .reference import Axis, accumulation_dtype, logits_at_once
+from .reference import Axis
 
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
 _OPTIONAL = "Tensor? rel_pos_bias, Tensor? additional_keys, Tensor? additional_values, Tensor? pad_k, Tensor? pad_v"

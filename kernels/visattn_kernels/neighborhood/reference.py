@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backend import any_size
+from ..slices import accumulation_dtype, join, logits_at_once
 
 
 class Axis(NamedTuple):
@@ -41,16 +42,6 @@ class Axis(NamedTuple):
     """Tokens (blocks, 1) of the group on the map; a window may go on beyond them when the map is padded."""
     repeated: Tensor
     """Which queries (blocks, b) only fill a block."""
-
-
-def logits_at_once(x: Tensor) -> int:
-    """Logits to compute at a time: on a CPU a slice stays in the cache, elsewhere it only bounds memory."""
-    return 1 << 18 if x.device.type == "cpu" else 1 << 26
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """Of logits and sums."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def block_and_window(members: int, kernel_size: int, stride: int, rank: int) -> tuple[int, int]:
@@ -406,8 +397,3 @@ def logits_of_row(axes: list[Axis], heads: int, extra: Tensor | None) -> int:
     for axis in axes[1:]:
         queries, keys = queries * axis.queries.shape[0] * axis.queries.shape[1], keys * axis.window
     return queries * (keys + (extra.shape[3] if extra is not None else 0))
-
-
-def join(parts: list[Tensor], dim: int) -> Tensor:
-    """``torch.cat`` without a copy of a single part."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

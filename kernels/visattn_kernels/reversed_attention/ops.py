@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..slices import accumulation_dtype
+
 CHILDREN = 64
 """Children per slice; a slice has CHILDREN x N logits per image and head."""
 
@@ -28,10 +30,6 @@ torch.library.define(
 )
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.transpose(1, 2).to(dtype)
 
@@ -41,7 +39,7 @@ def _slices(children: int) -> Iterator[slice]:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    work = _accumulation_dtype(q)
+    work = accumulation_dtype(q)
     B, N, heads, dim_v = v.shape
     qs, keys = _heads_first(q, work), _heads_first(k, work)
     sent = _heads_first(gate, work).unsqueeze(-1) * _heads_first(v, work)
@@ -58,7 +56,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, scale: float) -> tup
 def _backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    work = _accumulation_dtype(q)
+    work = accumulation_dtype(q)
     qs, keys, values, grads = (_heads_first(x, work) for x in (q, k, v, grad_out))
     gates, lses = _heads_first(gate, work).unsqueeze(-1), lse.transpose(1, 2).unsqueeze(-1)
     dq, dk, dv, dgate = (torch.zeros_like(x) for x in (qs, keys, values, gates))
@@ -82,7 +80,7 @@ torch.library.impl("visattn::reversed_attn_bwd", "CompositeExplicitAutograd", _b
 
 @torch.library.register_fake("visattn::reversed_attn_fwd")
 def _(q, k, v, gate, scale):  # type: ignore[no-untyped-def]
-    return v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))
+    return v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
 
 
 @torch.library.register_fake("visattn::reversed_attn_bwd")
