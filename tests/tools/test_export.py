@@ -172,7 +172,7 @@ def test_another_result_leaves_no_file(
         ([*SMALL, "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--checkpoint", "missing.safetensors"], "no such checkpoint file"),
         (["--model", "test_lookupvit", "--img-size", "16"], "does not take 16x16 images"),
-        (["--model", "test_lookupvit", "--dynamic-size"], "--dynamic-size: test_lookupvit has tables"),
+        (["--model", "test_lookupvit", "--dynamic-size"], "--dynamic-size: test_lookupvit is a model of one image size"),
         (["--model", "test_ninformer", "--dynamic-size", "--features-only"], "is a model of one image size"),
         ([*SMALL, "--features-only", "--out-indices", "77"], "--out-indices [77]"),
     ],
