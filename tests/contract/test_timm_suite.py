@@ -16,11 +16,11 @@ from runner import own_models, run_model
 import visattn  # noqa: F401  registers the models
 
 SMALLEST_REAL = [
-    "biformer_t",
+    "biformer_mini",
     "davit_t",
-    "dependencyvit_t",
+    "dependencyvit_mini",
     "halonet_h0_256",
-    "lookupvit_t16",
+    "lookupvit_mini",
     "nat_m",
     "ninformer_cifar",
     "sparsifiner_t16",

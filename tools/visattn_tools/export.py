@@ -168,8 +168,8 @@ def open_subject(args: argparse.Namespace, options: Mapping[str, bool], device: 
         fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
         if fixed and not info.model_args.get("dynamic_img_size"):  # which timm's transformers take
             raise UserError(
-                f"--dynamic-size: {info.architecture} is a model of one image size (fixed_input_size in its configuration); "
-                f"leave it out and write a file per --img-size"
+                f"--dynamic-size: {info.architecture} is a model of one image size (fixed_input_size in its cfg); "
+                "leave it out and write a file per --img-size"
             )
     model.to(device)
     probe(model, info.architecture, (channels, size[0], size[1]))

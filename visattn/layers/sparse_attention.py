@@ -156,7 +156,8 @@ class SparseAttention(nn.Module):
         return q, k, v
 
     def _logits(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.scale * (q.transpose(1, 2) @ k.permute(0, 2, 3, 1))
+        # Scaled afterwards, Inductor of torch 2.14 takes that of one query for another attention, and fails.
+        return (self.scale * q).transpose(1, 2) @ k.permute(0, 2, 3, 1)
 
     def _combine(self, attn: Tensor, v: Tensor) -> Tensor:
         return self._output((attn @ v.transpose(1, 2)).transpose(1, 2))
