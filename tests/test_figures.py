@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 from visattn_tools.benchmark import count
-from visattn_tools.results import measured
+from visattn_tools.results import load, measured
 
 import visattn
 
@@ -119,6 +119,16 @@ def test_names_to_move_to() -> None:
             assert timm.is_model(old)
             theirs: Any = timm.create_model(old, device="meta")
             assert sum(p.numel() for p in theirs.parameters()) == MEASURED[new]["count"]["params"]
+
+
+@pytest.mark.parametrize("kind", ["inference", "training", "backends"])
+def test_no_disturbed_record_is_kept(kind: str) -> None:
+    """Of models that take turns, one whose rounds differ by so much had other work beside it."""
+    records = [record for record in load(kind) if record["hardware"].startswith("NVIDIA")]
+    assert records
+    for record in records:
+        low, high = record["step_ms_quartiles"]
+        assert high - low <= record["step_ms"] / 3, record["model"]
 
 
 def test_version_to_cite() -> None:
