@@ -17,7 +17,7 @@ def na_bwd_dkv_kernel(
     g, q, k, v, bias, pad_k, pad_v, rel, lse, delta, dk, dv, dpad_k, dpad_v,
     g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, left, right, whole, kinds,
-    scale_log2, scale, TERMS: tl.constexpr,
+    dk_t, dk_h, dv_t, dv_h, scale_log2, scale, TERMS: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
@@ -133,15 +133,17 @@ def na_bwd_dkv_kernel(
                 acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
                 acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
 
-    at = (((b * L0 + ky0) * L1 + ky1) * L2 + ky2) * kv_heads + kv_head
+    token = ((b * L0 + ky0) * L1 + ky1) * L2 + ky2
     there = inside & wanted
     acc_k *= scale
     d, d_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     tl.store(
-        dk + at[:, None] * DIM + d[None, :], acc_k.to(dk.dtype.element_ty), mask=there[:, None] & (d < DIM)[None, :]
+        dk + (token * dk_t + kv_head * dk_h)[:, None] + d[None, :],
+        acc_k.to(dk.dtype.element_ty),
+        mask=there[:, None] & (d < DIM)[None, :],
     )
     tl.store(
-        dv + at[:, None] * DIM_V + d_v[None, :],
+        dv + (token * dv_t + kv_head * dv_h)[:, None] + d_v[None, :],
         acc_v.to(dv.dtype.element_ty),
         mask=there[:, None] & (d_v < DIM_V)[None, :],
     )

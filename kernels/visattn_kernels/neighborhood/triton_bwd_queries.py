@@ -1,0 +1,167 @@
+"""Gradients of queries and of position terms of windowed attention, over the box of keys, as the forward walks."""
+
+import triton
+import triton.language as tl
+
+from ..triton_tiles import load_tokens
+from .triton_bias import kind_of_box
+from .triton_geometry import HIDDEN, across, axis_of_tile, on_axis, rows_of_box, rows_seen, unaligned
+
+
+@triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
+                               "heads", "group", "extra", "left", "right", "whole", "kinds"])  # fmt: skip
+def na_bwd_dq_kernel(
+    g, q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, out, lse, grad_lse, delta, dq, drel, compact, pairs,
+    g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, left, right, whole, kinds,
+    dq_t, dq_h, scale_log2, scale,
+    HAS_GRAD_LSE: tl.constexpr, MANY_PAIRS: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
+    OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
+    CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
+    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr, REL_WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
+    FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a box of queries and of their position terms; also writes delta, the product of output and its
+    gradient less the gradient of the log-sum-exp, per query, and with biases the gradients of logits (image, head,
+    query, key of its window)."""
+    pid = tl.program_id(0)
+    head = pid % heads
+    pid = pid // heads
+    c2 = pid % C2
+    pid = pid // C2
+    c1 = pid % C1
+    pid = pid // C1
+    c0 = pid % C0
+    b = (pid // C0).to(tl.int64)
+    kv_head = head // group
+
+    m = tl.arange(0, BLOCK_M)
+    g0, p0, y0, first0, stop0, start0, w0 = axis_of_tile(
+        c0, N0, D0, Q0, L0, m // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED
+    )
+    g1, p1, y1, first1, stop1, start1, w1 = axis_of_tile(
+        c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED
+    )
+    g2, p2, y2, first2, stop2, start2, w2 = axis_of_tile(
+        c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED
+    )
+    there = (y0 < Q0) & (y1 < Q1) & (y2 < Q2) & (m < T0 * T1 * T2)
+    queries = load_tokens(
+        q + b * q_b + head * q_h, y0 * q_0 + y1 * q_1 + y2 * q_2, there, there, q, DIM, BLOCK_D, False, False
+    )
+    grads = load_tokens(
+        g + b * g_b + head * g_h, y0 * g_0 + y1 * g_1 + y2 * g_2, there, there, g, DIM_V, BLOCK_DV, False, False
+    )
+    token = ((b * Q0 + y0) * Q1 + y1) * Q2 + y2
+    at = token * heads + head
+    outs = load_tokens(out, at * DIM_V, there, there, out, DIM_V, BLOCK_DV, False, False)
+    row_delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        row_delta -= tl.load(grad_lse + at, mask=there, other=0.0)
+    tl.store(delta + at, row_delta, mask=there)
+    row_lse = tl.load(lse + at, mask=there, other=float("inf")) * 1.4426950408889634
+    if HAS_BIAS:  # a row per offset on the first two axes, see triton_bias
+        row_m = (p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1
+        row_m = tl.where(there, row_m, row_m - m // (T1 * T2) * (2 * K1 - 1) - m // T2 % T1)
+        bias += (head * kinds + kind_of_box(c2, N2, left, right, whole)) * (
+            ((2 * K0 - 1) * (2 * K1 - 1) + 2 * ROOM) * T2 * WIDTH
+        )
+        bias_m = OFF + m % T2 * WIDTH + (ROOM - row_m) * (T2 * WIDTH)
+        pairs += (b * heads + head) * (Q0 * Q1 * Q2) * (K0 * K1 * K2)
+        query = (y0 * Q1 + y1) * Q2 + y2
+        if MANY_PAIRS:
+            query = query.to(tl.int64)
+        slot_m = query * (K0 * K1 * K2) - (first0 * K1 + first1) * K2 - first2
+    # Where the position terms of a query start, from the first row and the first column of its window on.
+    row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * unaligned(p1 % S1)
+    column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * unaligned(p2 % S2)
+
+    k_base, v_base = k + b * k_b + kv_head * k_h, v + b * v_b + kv_head * v_h
+    ROWS: tl.constexpr = BLOCK_N // COLUMNS
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for part in range(0, tl.cdiv(w2, COLUMNS)):  # one, unless a row is longer than a step
+        u2 = part * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
+        t2, there2 = start2 + u2, u2 < w2
+        ky2 = g2 + D2 * t2
+        inside2 = on_axis(ky2, L2, CLAMPED)
+        seen2 = there2[None, :]
+        if MASK_OUTSIDE:
+            seen2 = seen2 & inside2[None, :]
+        if not FULL2 and not HAS_BIAS:
+            seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
+        column = tl.where(seen2, 0.0, HIDDEN)
+        if HAS_REL:
+            exists = there2[None, :] & there[:, None]
+            terms = tl.load(rel + column_terms[:, None] + u2[None, :], mask=exists, other=0.0)
+            column += terms.to(tl.float32) * 1.4426950408889634
+            row_tile = tl.load(rel + row_terms[:, None] + u2[None, :], mask=exists, other=0.0)
+            side_by_side = compact + at[:, None] * (2 * COLUMNS) + u2[None, :]
+            tl.store(side_by_side, row_tile, mask=there[:, None])
+            tl.store(side_by_side + COLUMNS, terms, mask=there[:, None])
+            row_tile = row_tile.to(tl.float32) * 1.4426950408889634
+        acc_row = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc_column = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for i in range(0, tl.cdiv(w0 * w1, ROWS)):
+            t0, t1, there1 = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
+            ky0, ky1 = g0 + D0 * t0, g1 + D1 * t1
+            inside1 = on_axis(ky0, L0, CLAMPED) & on_axis(ky1, L1, CLAMPED)
+            inside, wanted = inside1 & inside2, there1 & there2
+            rows_k = load_tokens(
+                k_base, ky0 * k_0 + ky1 * k_1 + ky2 * k_2, inside, wanted, pad_k + kv_head * DIM, DIM, BLOCK_D, False,
+                HAS_PAD,
+            )  # fmt: skip
+            rows_v = load_tokens(
+                v_base, ky0 * v_0 + ky1 * v_1 + ky2 * v_2, inside, wanted, pad_v + kv_head * DIM_V, DIM_V, BLOCK_DV,
+                False, HAS_PAD,
+            )  # fmt: skip
+            dp = tl.dot(grads, tl.trans(rows_v), input_precision=PRECISION)
+            s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION) * scale_log2 + column
+            if MASK_OUTSIDE:
+                there1 = there1 & inside1
+            seen = rows_seen(
+                across(there1, ROWS), across(t0, ROWS), across(t1, ROWS), first0[:, None], stop0[:, None],
+                first1[:, None], stop1[:, None], FULL0, FULL1,
+            )  # fmt: skip
+            if HAS_BIAS:
+                row_n = tl.where(there1, t0 * (2 * K1 - 1) + t1, start0 * (2 * K1 - 1) + start1)
+                biases = tl.load(bias + bias_m[:, None] + (row_n * (T2 * WIDTH) + u2)[None, :]).to(tl.float32)
+                s += biases * 1.4426950408889634
+            if HAS_REL:
+                s += tl.sum(tl.where((u2 == i)[None, :], row_tile, 0.0), 1)[:, None]
+            s = tl.where(seen, s, HIDDEN)
+            ds = tl.exp2(s - row_lse[:, None]) * (dp - row_delta[:, None])
+            if HAS_BIAS:
+                slots = slot_m[:, None] + ((t0 * K1 + t1) * K2 + t2)[None, :]
+                tl.store(pairs + slots, ds.to(pairs.dtype.element_ty), mask=seen & there[:, None] & (biases > -5e4))
+            acc = tl.dot(ds.to(rows_k.dtype), rows_k, acc, input_precision=PRECISION)
+            if HAS_REL:
+                acc_row += tl.where((u2 == i)[None, :], tl.sum(ds, 1)[:, None], 0.0)
+                acc_column += ds
+        if HAS_REL:
+            tl.store(drel + row_terms[:, None] + u2[None, :], acc_row.to(drel.dtype.element_ty), mask=exists)
+            tl.store(drel + column_terms[:, None] + u2[None, :], acc_column.to(drel.dtype.element_ty), mask=exists)
+    if HAS_EXTRA:
+        kv_row = (b * (heads // group) + kv_head) * extra
+        for i in range(0, tl.cdiv(extra, BLOCK_N)):
+            j = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            rows_k = load_tokens(extra_k, (kv_row + j) * DIM, j < extra, j < extra, q, DIM, BLOCK_D, False, False)
+            rows_v = load_tokens(extra_v, (kv_row + j) * DIM_V, j < extra, j < extra, q, DIM_V, BLOCK_DV, False, False)
+            s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION) * scale_log2
+            dp = tl.dot(grads, tl.trans(rows_v), input_precision=PRECISION)
+            p = tl.where((j < extra)[None, :], tl.exp2(s - row_lse[:, None]), 0.0)
+            ds = (p * (dp - row_delta[:, None])).to(rows_k.dtype)
+            acc = tl.dot(ds, rows_k, acc, input_precision=PRECISION)
+
+    d = tl.arange(0, BLOCK_D)
+    tl.store(
+        dq + (token * dq_t + head * dq_h)[:, None] + d[None, :],
+        (acc * scale).to(dq.dtype.element_ty),
+        mask=there[:, None] & (d < DIM)[None, :],
+    )
