@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from visattn.layers import NeighborhoodAttention, WholeMapAttention, resize_bias_table
+from visattn.layers import NeighborhoodAttention, WholeMapAttention, WindowAttention, resize_bias_table
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
@@ -22,6 +22,20 @@ def test_padding_is_zeros_before_the_projection(qkv_bias):
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match=r"kernel_size=\(5, 5\) with dilation=\(2, 3\) exceeds the feature map 7x20"):
         strict(x)
+
+
+@pytest.mark.parametrize(("height", "pads"), [(6, False), (5, True)])
+@pytest.mark.parametrize(
+    "layer", [NeighborhoodAttention(8, 2, 3, dilation=2), WindowAttention(8, 2, (3, 1))], ids=["nat", "window"]
+)
+def test_maps_that_need_no_padding_do_not_pay_for_it(layer, height, pads):
+    nodes, queue = set(), [layer(torch.randn(1, height, 6, 8)).grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            queue += [other for other, _ in node.next_functions]
+    assert any(node.name() == "CloneBackward0" for node in nodes) == pads
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 from visattn_kernels import neighborhood_attention
+from visattn_kernels.backend import any_size
 
 from .channels_last import MapLinear
 
@@ -31,6 +32,37 @@ def resize_bias_table(table: Tensor, kernel_size: tuple[int, int]) -> Tensor:
     work = table if table.dtype == torch.float64 else table.float()
     resized = F.interpolate(work.unsqueeze(0), size=[height, width], mode="bicubic", align_corners=False)
     return resized[0].to(table.dtype)
+
+
+@register_notrace_function
+def outside_tokens(
+    x: Tensor, bias: Tensor | None, num_heads: int, kernel_size: list[int], dilation: list[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Key and value of the tokens that a map is padded with, for maps shorter than a window.
+
+    Args:
+        x: Map (B, *map, C).
+        bias: Bias (3 * C,) of its projection to queries, keys and values.
+        num_heads: Heads.
+        kernel_size: Keys per window and axis.
+        dilation: Their distance.
+
+    Returns:
+        Key and value (num_heads, C / num_heads); None, None where no window reaches outside. A graph that is exported
+        for maps of any size always has them.
+    """
+    sizes = list(x.shape[1:-1])
+    short = any_size(sizes)
+    for n, k, d in zip(sizes, kernel_size, dilation):
+        short = short or n < k * d
+    if not short:
+        return None, None
+    if bias is None:
+        zeros = x.new_zeros([num_heads, x.shape[-1] // num_heads])
+        return zeros, zeros
+    # A view of a parameter claims to require gradients under no_grad, which module hooks trip over; a copy not.
+    pads = bias.clone().reshape(3, num_heads, -1)
+    return pads[1], pads[2]
 
 
 def _per_axis(value: Any, name: str, rank: int) -> list[Any]:
@@ -128,16 +160,9 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim])
         q, k, v = qkv.unbind(-3)
-        pad_k: Tensor | None = None
-        pad_v: Tensor | None = None
+        pads: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.pad:
-            bias = self.qkv.bias
-            if bias is None:
-                pad_k = pad_v = q.new_zeros([self.num_heads, self.head_dim])
-            else:
-                # A view of a parameter claims to require gradients under no_grad, which module hooks trip over.
-                pads = bias.clone().reshape(3, self.num_heads, self.head_dim)
-                pad_k, pad_v = pads[1], pads[2]
+            pads = outside_tokens(x, self.qkv.bias, self.num_heads, self.kernel_size, self.dilation)
         kernel_size, table = self.window(x)
         out = neighborhood_attention(
             q,
@@ -149,8 +174,8 @@ class NeighborhoodAttention(nn.Module):
             self.is_causal,
             self.scale,
             table,
-            pad_k=pad_k,
-            pad_v=pad_v,
+            pad_k=pads[0],
+            pad_v=pads[1],
         )
         return self.proj_drop(self.proj(out.flatten(-2)))
 

@@ -6,10 +6,35 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from visattn_kernels import window_attention
+from visattn_kernels.backend import any_size
 
 from .channels_last import MapLinear
 
 register_notrace_function(window_attention)
+
+
+@register_notrace_function
+def outside_tokens(
+    x: Tensor, bias: Tensor | None, num_heads: int, window_size: tuple[int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Key and value of the tokens that a map is padded with, for maps that the windows do not divide.
+
+    Args:
+        x: Map (B, H, W, C).
+        bias: Bias (3 * C,) of its projection to queries, keys and values; without it these tokens are zero.
+        num_heads: Heads.
+        window_size: Tokens per window and axis.
+
+    Returns:
+        Key and value (num_heads, C / num_heads); None, None where they are zero or where there are none. A graph that
+        is exported for maps of any size always has them.
+    """
+    H, W = x.shape[1], x.shape[2]
+    if bias is None or not (any_size([H, W]) or H % window_size[0] > 0 or W % window_size[1] > 0):
+        return None, None
+    # A view of a parameter claims to require gradients under no_grad, which module hooks trip over; a copy not.
+    pads = bias.clone().reshape(3, num_heads, -1)
+    return pads[1], pads[2]
 
 
 class WindowAttention(nn.Module):
@@ -57,11 +82,6 @@ class WindowAttention(nn.Module):
         B, H, W, C = x.shape
         heads = self.num_heads
         q, k, v = self.qkv(x).reshape(B, H, W, 3, heads, C // heads).unbind(3)
-        pad_k: Tensor | None = None
-        pad_v: Tensor | None = None
-        if self.qkv.bias is not None:
-            # A view of a parameter claims to require gradients under no_grad, which module hooks trip over; a copy not.
-            pads = self.qkv.bias.clone().reshape(3, heads, C // heads)
-            pad_k, pad_v = pads[1], pads[2]
-        out = window_attention(q, k, v, self.window_size, pad_k, pad_v)
+        pads = outside_tokens(x, self.qkv.bias, heads, self.window_size)
+        out = window_attention(q, k, v, self.window_size, pads[0], pads[1])
         return self.proj(out.reshape(B, H, W, C))

@@ -41,12 +41,13 @@ def kind_of_box(c, tiles, left, right, whole):
 
 @triton.jit(do_not_specialize=["Q2", "L2", "D2", "N2", "left", "right", "whole", "kinds", "chunks"])
 def na_bias_rows_kernel(
-    bias, rows, Q2, L2, D2, N2, left, right, whole, kinds, chunks,
+    bias, rows, Q2, L2, D2, N2, left, right, whole, kinds, chunks, per_scale,
     K2: tl.constexpr, S2: tl.constexpr, CAUSAL2: tl.constexpr, T2: tl.constexpr, COUNT: tl.constexpr,
     ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr, OF_KEYS: tl.constexpr, LOWEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Lay out the table (heads, COUNT, 2 * K2 - 1) for every kind of box: (heads, kinds, rows, T2, WIDTH)."""
+    """Lay out the table (heads, COUNT, 2 * K2 - 1), over the scale, for every kind of box: (heads, kinds, rows, T2,
+    WIDTH)."""
     chunk = tl.program_id(0) % chunks
     kind = tl.program_id(0) // chunks % kinds
     head = tl.program_id(0) // chunks // kinds
@@ -58,11 +59,13 @@ def na_bias_rows_kernel(
     local = at // WIDTH % T2
     u = at % WIDTH
     if OF_KEYS:
-        _, n, t, start, width = axis_of_keys(c, N2, D2, Q2, L2, local, T2, K2, S2, 1, 0, CAUSAL2, True)
+        _, n, t, start, width = axis_of_keys(c, N2, D2, Q2, L2, local, T2, K2, S2, 1, 0, CAUSAL2, True, True)
         p = start + u
         first, stop = window_of(p, n, K2, S2, 1, 0, CAUSAL2, True)
     else:
-        _, p, _, first, stop, start, width = axis_of_tile(c, N2, D2, Q2, L2, local, T2, K2, S2, 1, 0, CAUSAL2, True)
+        _, p, _, first, stop, start, width = axis_of_tile(
+            c, N2, D2, Q2, L2, local, T2, K2, S2, 1, 0, CAUSAL2, True, True
+        )
         t = start + u
     offset = t - p + K2 - 1
     seen = (u < width) & (t >= first) & (t < stop) & (offset >= 0) & (offset < 2 * K2 - 1)
@@ -70,7 +73,7 @@ def na_bias_rows_kernel(
     values = tl.load(bias + entry, mask=seen & (row >= 0) & (row < COUNT), other=0.0).to(tl.float32)
     size: tl.constexpr = (COUNT + 2 * ROOM) * T2 * WIDTH
     to = rows + (head * kinds + kind) * size + OFF + at
-    tl.store(to, tl.where(seen, values, LOWEST).to(rows.dtype.element_ty), mask=at < size)
+    tl.store(to, tl.where(seen, values * per_scale, LOWEST).to(rows.dtype.element_ty), mask=at < size)
 
 
 class BiasRows(NamedTuple):
@@ -93,7 +96,14 @@ NO_BIAS = BiasRows(None, (0, 0, 1, 1), {"ROOM": 0, "WIDTH": 0, "OFF": 0})
 
 
 def bias_rows(
-    bias: Any, q_length: int, length: int, windows: Windows, way: Tiling, dtype: torch.dtype, of_keys: bool = False
+    bias: Any,
+    q_length: int,
+    length: int,
+    windows: Windows,
+    way: Tiling,
+    scale: float,
+    dtype: torch.dtype,
+    of_keys: bool = False,
 ) -> BiasRows:
     """How the kernel of a tiling reads biases with this :func:`meta`; `NO_BIAS` for None."""
     if bias is None:
@@ -110,7 +120,7 @@ def bias_rows(
     shared = {"ROOM": room, "WIDTH": width, "OFF": 8 // dtype.itemsize}
     launch = Launch(
         na_bias_rows_kernel, heads * kinds * chunks,
-        (q_length, length, windows.dilation[2], way.tiles[2], *scalars, chunks),
+        (q_length, length, windows.dilation[2], way.tiles[2], *scalars, chunks, 1 / scale),
         {"K2": k2, "S2": windows.stride[2], "CAUSAL2": windows.is_causal[2], "T2": way.box[2], "COUNT": count,
          **shared, "OF_KEYS": of_keys, "LOWEST": -6e4 if dtype == torch.float16 else -1e30,
          "BLOCK": 1024},

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..triton_tiles import load_tokens
 from .triton_bias import kind_of_box
-from .triton_geometry import HIDDEN, across, axis_of_keys, on_axis, rows_of_box, rows_seen, window_of
+from .triton_geometry import HIDDEN, across, axis_of_keys, load_box, on_axis, rows_of_box, rows_seen, window_of
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
@@ -22,7 +22,8 @@ def na_bwd_dkv_kernel(
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
-    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr, REL_WIDTH: tl.constexpr,
+    CLAMPED: tl.constexpr, OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
+    REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -34,16 +35,25 @@ def na_bwd_dkv_kernel(
     pid = tl.program_id(0)
     kv_heads = heads // group
     kv_head = pid % kv_heads
-    row = pid // kv_heads
-    c2 = row % C2
-    c1 = row // C2 % C1
-    c0 = row // C2 // C1 % C0
-    b = (row // C2 // C1 // C0).to(tl.int64)
+    pid = pid // kv_heads
+    c2 = pid % C2
+    pid = pid // C2
+    c1 = pid % C1
+    pid = pid // C1
+    c0 = 0
+    if DEEP:
+        c0 = pid % C0
+        pid = pid // C0
+    b = pid.to(tl.int64)
 
     n = tl.arange(0, BLOCK_N)
-    g0, n0, t0, start0, w0 = axis_of_keys(c0, N0, D0, Q0, L0, n // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED)
-    g1, n1, t1, start1, w1 = axis_of_keys(c1, N1, D1, Q1, L1, n // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED)
-    g2, n2, t2, start2, w2 = axis_of_keys(c2, N2, D2, Q2, L2, n % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED)
+    g0, n0, t0, start0, w0 = axis_of_keys(
+        c0, N0, D0, Q0, L0, n // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED, DEEP
+    )
+    g1, n1, t1, start1, w1 = axis_of_keys(
+        c1, N1, D1, Q1, L1, n // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED, True
+    )
+    g2, n2, t2, start2, w2 = axis_of_keys(c2, N2, D2, Q2, L2, n % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED, True)
     ky0, ky1, ky2 = g0 + D0 * t0, g1 + D1 * t1, g2 + D2 * t2
     inside = on_axis(ky0, L0, CLAMPED) & on_axis(ky1, L1, CLAMPED) & on_axis(ky2, L2, CLAMPED)
     wanted = n < T0 * T1 * T2
@@ -66,10 +76,13 @@ def na_bwd_dkv_kernel(
         kind = kind_of_box(c2, N2, left, right, whole)
         bias_n = OFF + n % T2 * WIDTH + (ROOM + row_n) * (T2 * WIDTH)
 
+    q += b * q_b
+    g += b * g_b
+    per_scale = 1.4426950408889634 / scale_log2
+    none = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     ROWS: tl.constexpr = BLOCK_M // COLUMNS
-    q_base, g_base = q + b * q_b, g + b * g_b
     # Clamped windows: one box of queries. Free ones: the queries of one window after the other.
     boxes = 1
     if not CLAMPED:
@@ -82,56 +95,62 @@ def na_bwd_dkv_kernel(
             b0, b1, b2 = start0 + box % boxes // (w1 * w2), start1 + box // w2 % w1, start2 + box % w2
             q0, q1, q2, rows, columns, row_width = b0 * S0, b1 * S1, b2 * S2, S0 * S1, S2, S1
             u0, u1, u2 = t0 - b0 * STEP0 + OFF0, t1 - b1 * STEP1 + OFF1, t2 - b2 * STEP2 + OFF2
-            seen = wanted & (u0 >= 0) & (u0 < K0) & (u1 >= 0) & (u1 < K1) & (u2 >= 0) & (u2 < K2)
-            seen = seen[:, None]
+            seen = (u0 >= 0) & (u0 < K0) & (u1 >= 0) & (u1 < K1) & (u2 >= 0) & (u2 < K2)
             if HAS_REL:
                 e = tl.arange(0, TERMS)[None, :]
-                ones = (((e == u1[:, None]) | (e == u2[:, None] + TERMS // 2)) & seen).to(rows_k.dtype)
+                ones = ((e == u1[:, None]) | (e == u2[:, None] + TERMS // 2)).to(rows_k.dtype)
         for part in range(0, tl.cdiv(columns, COLUMNS)):
             m2 = part * COLUMNS + tl.arange(0, BLOCK_M) % COLUMNS
-            p2 = q2 + m2
+            p2 = q2 + tl.minimum(m2, columns - 1)
             y2 = g2 + D2 * p2
-            read2 = (m2 < columns) & (y2 < Q2)
-            if CLAMPED and not FULL2 and not HAS_BIAS:
+            # A query that is not there is read at another's place and hidden.
+            seen2 = (m2 < columns)[None, :]
+            if CLAMPED and not FULL2:
                 first2, stop2 = window_of(p2, n2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED)
-                column = (t2[:, None] >= first2[None, :]) & (t2[:, None] < stop2[None, :])
-                column = tl.where(column, 0.0, HIDDEN)
+                seen2 = seen2 & (t2[:, None] >= first2[None, :]) & (t2[:, None] < stop2[None, :])
+            if not CLAMPED:
+                seen2 = seen2 & (y2 < Q2)[None, :] & seen[:, None]
+                y2 = tl.minimum(y2, Q2 - 1)
+            column = tl.where(seen2, 0.0, HIDDEN) + none
+            q_columns = (y2 * q_2)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+            g_columns = (y2 * g_2)[:, None] + tl.arange(0, BLOCK_DV)[None, :]
             for i in range(0, tl.cdiv(rows, ROWS)):
-                p0, p1, read1 = rows_of_box(i, q0, q1, row_width, rows, DEEP, ROWS, COLUMNS)
+                p0, p1, shown = rows_of_box(i, q0, q1, row_width, rows, DEEP, ROWS, COLUMNS)
                 y0, y1 = g0 + D0 * p0, g1 + D1 * p1
-                read = read1 & read2 & (y0 < Q0) & (y1 < Q1)
-                queries = load_tokens(
-                    q_base + head * q_h, y0 * q_0 + y1 * q_1 + y2 * q_2, read, read, q, DIM, BLOCK_D, False, False
+                if not CLAMPED:
+                    shown = shown & (y0 < Q0) & (y1 < Q1)
+                    y0, y1 = tl.minimum(y0, Q0 - 1), tl.minimum(y1, Q1 - 1)
+                queries = load_box(
+                    q + head * q_h, y0 * q_0 + y1 * q_1, q_columns, shown, q, DIM, BLOCK_D, ROWS, False, False
                 )
-                grads = load_tokens(
-                    g_base + head * g_h, y0 * g_0 + y1 * g_1 + y2 * g_2, read, read, g, DIM_V, BLOCK_DV, False, False
+                grads = load_box(
+                    g + head * g_h, y0 * g_0 + y1 * g_1, g_columns, shown, g, DIM_V, BLOCK_DV, ROWS, False, False
                 )
                 at = (((b * Q0 + y0) * Q1 + y1) * Q2 + y2) * heads + head
-                row_lse = tl.load(lse + at, mask=read, other=float("inf")) * 1.4426950408889634
-                row_delta = tl.load(delta + at, mask=read, other=0.0)
-                s = tl.dot(rows_k, tl.trans(queries), input_precision=PRECISION) * scale_log2
-                dp = tl.dot(rows_v, tl.trans(grads), input_precision=PRECISION)
+                row_lse = tl.load(lse + at) * 1.4426950408889634
+                row_delta = tl.load(delta + at)
+                start = column
+                if HAS_BIAS:
+                    row_m = (p0 * (2 * K1 - 1) + p1) * (T2 * WIDTH)
+                    laid_out = bias + (head * kinds + kind) * biases_of_box
+                    start = tl.load(laid_out + bias_n[:, None] + (m2 - row_m)[None, :]).to(tl.float32)
+                if HAS_REL:
+                    terms = tl.load(rel + at[:, None] * TERMS + e).to(rows_k.dtype)
+                    start += tl.dot(ones, tl.trans(terms), input_precision=PRECISION) * per_scale
+                s = tl.dot(rows_k, tl.trans(queries), start, input_precision=PRECISION)
                 if CLAMPED:
                     first0, stop0 = window_of(p0, n0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED)
                     first1, stop1 = window_of(p1, n1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED)
-                    seen = rows_seen(
-                        wanted[:, None], t0[:, None], t1[:, None], across(first0, ROWS), across(stop0, ROWS),
+                    shown = rows_seen(
+                        across(shown, ROWS), t0[:, None], t1[:, None], across(first0, ROWS), across(stop0, ROWS),
                         across(first1, ROWS), across(stop1, ROWS), FULL0, FULL1,
                     )  # fmt: skip
-                    if not FULL2 and not HAS_BIAS:
-                        s += column
-                if HAS_BIAS:
-                    row_m = tl.where(read1, p0 * (2 * K1 - 1) + p1, q0 * (2 * K1 - 1) + q1)
-                    laid_out = bias + (head * kinds + kind) * biases_of_box
-                    biases = tl.load(laid_out + bias_n[:, None] + (m2 - row_m * (T2 * WIDTH))[None, :])
-                    s += biases.to(tl.float32) * 1.4426950408889634
-                if HAS_REL:
-                    terms = tl.load(rel + at[:, None] * TERMS + e, mask=read[:, None], other=0.0).to(rows_k.dtype)
-                    s += tl.dot(ones, tl.trans(terms), input_precision=PRECISION) * 1.4426950408889634
-                p = tl.where(seen, tl.exp2(s - row_lse[None, :]), 0.0)
-                ds = p * (dp - row_delta[None, :])
+                else:
+                    shown = across(shown, ROWS)
+                p = tl.where(shown, tl.exp2(s * scale_log2 - row_lse[None, :]), 0.0)
+                dp = tl.dot(rows_v, tl.trans(grads), none - row_delta[None, :], input_precision=PRECISION)
                 acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
-                acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+                acc_k = tl.dot((p * dp).to(queries.dtype), queries, acc_k, input_precision=PRECISION)
 
     token = ((b * L0 + ky0) * L1 + ky1) * L2 + ky2
     there = inside & wanted

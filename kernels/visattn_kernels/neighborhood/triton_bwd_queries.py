@@ -5,7 +5,8 @@ import triton.language as tl
 
 from ..triton_tiles import load_tokens
 from .triton_bias import kind_of_box
-from .triton_geometry import HIDDEN, across, axis_of_tile, on_axis, rows_of_box, rows_seen, unaligned
+from .triton_fwd import logits, weights
+from .triton_geometry import HIDDEN, axis_of_tile, load_box, on_axis, rows_of_box, unaligned
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
@@ -20,7 +21,8 @@ def na_bwd_dq_kernel(
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
-    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr, REL_WIDTH: tl.constexpr,
+    CLAMPED: tl.constexpr, OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
+    REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -38,19 +40,22 @@ def na_bwd_dq_kernel(
     pid = pid // C2
     c1 = pid % C1
     pid = pid // C1
-    c0 = pid % C0
-    b = (pid // C0).to(tl.int64)
+    c0 = 0
+    if DEEP:
+        c0 = pid % C0
+        pid = pid // C0
+    b = pid.to(tl.int64)
     kv_head = head // group
 
     m = tl.arange(0, BLOCK_M)
     g0, p0, y0, first0, stop0, start0, w0 = axis_of_tile(
-        c0, N0, D0, Q0, L0, m // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED
+        c0, N0, D0, Q0, L0, m // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED, DEEP
     )
     g1, p1, y1, first1, stop1, start1, w1 = axis_of_tile(
-        c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED
+        c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED, True
     )
     g2, p2, y2, first2, stop2, start2, w2 = axis_of_tile(
-        c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED
+        c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED, True
     )
     there = (y0 < Q0) & (y1 < Q1) & (y2 < Q2) & (m < T0 * T1 * T2)
     queries = load_tokens(
@@ -67,6 +72,7 @@ def na_bwd_dq_kernel(
         row_delta -= tl.load(grad_lse + at, mask=there, other=0.0)
     tl.store(delta + at, row_delta, mask=there)
     row_lse = tl.load(lse + at, mask=there, other=float("inf")) * 1.4426950408889634
+    bias_m, slot_m = m, m
     if HAS_BIAS:  # a row per offset on the first two axes, see triton_bias
         row_m = (p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1
         row_m = tl.where(there, row_m, row_m - m // (T1 * T2) * (2 * K1 - 1) - m // T2 % T1)
@@ -83,64 +89,57 @@ def na_bwd_dq_kernel(
     row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * unaligned(p1 % S1)
     column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * unaligned(p2 % S2)
 
-    k_base, v_base = k + b * k_b + kv_head * k_h, v + b * v_b + kv_head * v_h
+    k += b * k_b + kv_head * k_h
+    v += b * v_b + kv_head * v_h
+    pad_k += kv_head * DIM
+    pad_v += kv_head * DIM_V
+    per_scale = 1.4426950408889634 / scale_log2
     ROWS: tl.constexpr = BLOCK_N // COLUMNS
+    none = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for part in range(0, tl.cdiv(w2, COLUMNS)):  # one, unless a row is longer than a step
         u2 = part * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
-        t2, there2 = start2 + u2, u2 < w2
+        t2 = start2 + tl.minimum(u2, w2 - 1)
         ky2 = g2 + D2 * t2
         inside2 = on_axis(ky2, L2, CLAMPED)
-        seen2 = there2[None, :]
+        k_columns = (ky2 * k_2)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+        v_columns = (ky2 * v_2)[:, None] + tl.arange(0, BLOCK_DV)[None, :]
+        seen2 = (u2 < w2)[None, :]
         if MASK_OUTSIDE:
             seen2 = seen2 & inside2[None, :]
-        if not FULL2 and not HAS_BIAS:
+        if not FULL2:
             seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
-        column = tl.where(seen2, 0.0, HIDDEN)
+        start = tl.where(seen2, 0.0, HIDDEN) + none
+        row_tile = start
         if HAS_REL:
-            exists = there2[None, :] & there[:, None]
+            exists = (u2 < w2)[None, :] & there[:, None]
             terms = tl.load(rel + column_terms[:, None] + u2[None, :], mask=exists, other=0.0)
-            column += terms.to(tl.float32) * 1.4426950408889634
+            start += terms.to(tl.float32) * per_scale
             row_tile = tl.load(rel + row_terms[:, None] + u2[None, :], mask=exists, other=0.0)
             side_by_side = compact + at[:, None] * (2 * COLUMNS) + u2[None, :]
             tl.store(side_by_side, row_tile, mask=there[:, None])
             tl.store(side_by_side + COLUMNS, terms, mask=there[:, None])
-            row_tile = row_tile.to(tl.float32) * 1.4426950408889634
+            row_tile = row_tile.to(tl.float32) * per_scale
         acc_row = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         acc_column = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i in range(0, tl.cdiv(w0 * w1, ROWS)):
-            t0, t1, there1 = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
-            ky0, ky1 = g0 + D0 * t0, g1 + D1 * t1
-            inside1 = on_axis(ky0, L0, CLAMPED) & on_axis(ky1, L1, CLAMPED)
-            inside, wanted = inside1 & inside2, there1 & there2
-            rows_k = load_tokens(
-                k_base, ky0 * k_0 + ky1 * k_1 + ky2 * k_2, inside, wanted, pad_k + kv_head * DIM, DIM, BLOCK_D, False,
-                HAS_PAD,
+            s, lift, shown, keys, ky0, ky1, inside = logits(
+                i, queries, start, k, k_columns, u2, inside2, bias, bias_m, row_tile, pad_k, k_0, k_1, L0, L1, D0, D1,
+                g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE,
+                HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS,
             )  # fmt: skip
-            rows_v = load_tokens(
-                v_base, ky0 * v_0 + ky1 * v_1 + ky2 * v_2, inside, wanted, pad_v + kv_head * DIM_V, DIM_V, BLOCK_DV,
-                False, HAS_PAD,
-            )  # fmt: skip
-            dp = tl.dot(grads, tl.trans(rows_v), input_precision=PRECISION)
-            s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION) * scale_log2 + column
-            if MASK_OUTSIDE:
-                there1 = there1 & inside1
-            seen = rows_seen(
-                across(there1, ROWS), across(t0, ROWS), across(t1, ROWS), first0[:, None], stop0[:, None],
-                first1[:, None], stop1[:, None], FULL0, FULL1,
-            )  # fmt: skip
+            values = load_box(
+                v, ky0 * v_0 + ky1 * v_1, v_columns, inside, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
+            )
+            p = weights(s, lift, shown, row_lse, scale_log2, ROWS)
+            ds = p * tl.dot(grads, tl.trans(values), none - row_delta[:, None], input_precision=PRECISION)
             if HAS_BIAS:
-                row_n = tl.where(there1, t0 * (2 * K1 - 1) + t1, start0 * (2 * K1 - 1) + start1)
-                biases = tl.load(bias + bias_m[:, None] + (row_n * (T2 * WIDTH) + u2)[None, :]).to(tl.float32)
-                s += biases * 1.4426950408889634
-            if HAS_REL:
-                s += tl.sum(tl.where((u2 == i)[None, :], row_tile, 0.0), 1)[:, None]
-            s = tl.where(seen, s, HIDDEN)
-            ds = tl.exp2(s - row_lse[:, None]) * (dp - row_delta[:, None])
-            if HAS_BIAS:
+                t0, t1, _ = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
                 slots = slot_m[:, None] + ((t0 * K1 + t1) * K2 + t2)[None, :]
-                tl.store(pairs + slots, ds.to(pairs.dtype.element_ty), mask=seen & there[:, None] & (biases > -5e4))
-            acc = tl.dot(ds.to(rows_k.dtype), rows_k, acc, input_precision=PRECISION)
+                if ROWS == 1 and not (FULL0 and FULL1):
+                    shown = shown[:, None]
+                tl.store(pairs + slots, ds.to(pairs.dtype.element_ty), mask=shown & seen2 & there[:, None])
+            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
             if HAS_REL:
                 acc_row += tl.where((u2 == i)[None, :], tl.sum(ds, 1)[:, None], 0.0)
                 acc_column += ds

@@ -16,8 +16,76 @@ from torch import Tensor
 from ..triton_support import Launch, dot_precision, meta, unit_stride
 from ..triton_tiles import LOG2E, load_tokens, power_of_2
 from .triton_bias import BiasRows, bias_rows, kind_of_box
-from .triton_geometry import HIDDEN, across, axis_of_tile, on_axis, rows_of_box, rows_seen, unaligned
+from .triton_geometry import (
+    HIDDEN,
+    across,
+    axis_of_tile,
+    down,
+    load_box,
+    on_axis,
+    rows_of_box,
+    rows_seen,
+    unaligned,
+)
 from .triton_tiling import Windows, query_tiling
+
+
+@triton.jit
+def logits(
+    i, queries, start, k, k_columns, u2, inside2, bias, bias_m, row_tile, pad_k, k_0, k_1, L0, L1, D0, D1, g0, g1,
+    start0, start1, w0, w1, first0, stop0, first1, stop1,
+    K1: tl.constexpr, CLAMPED: tl.constexpr, OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, DEEP: tl.constexpr, FULL0: tl.constexpr, FULL1: tl.constexpr, ROW_OF_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Step `i` over the rows of a box of keys: logits over the scale (M, N), the term of the row that is still to be
+    added per query, the queries that see the row, the keys, and where values lie.
+
+    What varies along a row of keys alone starts the product's sum; what is the same for a row of keys is left to the
+    exponent, where it costs a query and not a pair.
+    """
+    t0, t1, shown = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
+    ky0, ky1 = g0 + D0 * t0, g1 + D1 * t1
+    inside = inside2
+    if OUTSIDE:
+        inside1 = on_axis(ky0, L0, CLAMPED) & on_axis(ky1, L1, CLAMPED)
+        inside = inside1 & inside2
+        if MASK_OUTSIDE:
+            shown = shown & inside1
+    keys = load_box(k, ky0 * k_0 + ky1 * k_1, k_columns, inside, pad_k, DIM, BLOCK_D, ROWS, OUTSIDE, HAS_PAD)
+    if HAS_BIAS:
+        row_n = (t0 * (2 * K1 - 1) + t1) * ROW_OF_BIAS
+        start = tl.load(bias + bias_m[:, None] + (row_n + u2)[None, :]).to(tl.float32)
+    s = tl.dot(queries, tl.trans(keys), start, input_precision=PRECISION)
+    shown = rows_seen(
+        across(shown, ROWS), across(t0, ROWS), across(t1, ROWS), down(first0, ROWS), down(stop0, ROWS),
+        down(first1, ROWS), down(stop1, ROWS), FULL0, FULL1,
+    )  # fmt: skip
+    if ROWS > 1:
+        s = tl.where(shown, s, HIDDEN)
+    lift = first1 * 0.0
+    if HAS_REL:
+        lift = tl.sum(tl.where((u2 == i)[None, :], row_tile, 0.0), 1)
+    return s, lift, shown, keys, ky0, ky1, inside
+
+
+@triton.jit
+def tops(s, lift, shown, ROWS: tl.constexpr):
+    """Largest logit of a step per query."""
+    top = tl.max(s, 1) + lift
+    if ROWS == 1:
+        top = tl.where(shown, top, HIDDEN)
+    return top
+
+
+@triton.jit
+def weights(s, lift, shown, less, scale_log2, ROWS: tl.constexpr):
+    """Exponentials of the logits of a step less `less`, which is in units of the exponent."""
+    less = less - lift * scale_log2
+    if ROWS == 1:
+        less = tl.where(shown, less, float("inf"))
+    return tl.exp2(s * scale_log2 - less[:, None])
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
@@ -31,13 +99,14 @@ def na_fwd_kernel(
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
-    CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr, REL_WIDTH: tl.constexpr,
+    CLAMPED: tl.constexpr, OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
+    REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
+    COLUMNS: tl.constexpr, PAIRED: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)  # heads vary fastest: they share cache lines
     head = pid % heads
@@ -46,25 +115,29 @@ def na_fwd_kernel(
     pid = pid // C2
     c1 = pid % C1
     pid = pid // C1
-    c0 = pid % C0
-    b = (pid // C0).to(tl.int64)
+    c0 = 0
+    if DEEP:
+        c0 = pid % C0
+        pid = pid // C0
+    b = pid.to(tl.int64)
     kv_head = head // group
 
     m = tl.arange(0, BLOCK_M)
     g0, p0, y0, first0, stop0, start0, w0 = axis_of_tile(
-        c0, N0, D0, Q0, L0, m // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED
+        c0, N0, D0, Q0, L0, m // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED, DEEP
     )
     g1, p1, y1, first1, stop1, start1, w1 = axis_of_tile(
-        c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED
+        c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED, True
     )
     g2, p2, y2, first2, stop2, start2, w2 = axis_of_tile(
-        c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED
+        c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED, True
     )
     there = (y0 < Q0) & (y1 < Q1) & (y2 < Q2) & (m < T0 * T1 * T2)
     queries = load_tokens(
         q + b * q_b + head * q_h, y0 * q_0 + y1 * q_1 + y2 * q_2, there, there, q, DIM, BLOCK_D, False, False
     )
     at = (((b * Q0 + y0) * Q1 + y1) * Q2 + y2) * heads + head
+    bias_m = m
     if HAS_BIAS:  # a row per offset on the first two axes, see triton_bias
         row_m = (p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1
         row_m = tl.where(there, row_m, row_m - m // (T1 * T2) * (2 * K1 - 1) - m // T2 % T1)
@@ -76,83 +149,90 @@ def na_fwd_kernel(
     row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * unaligned(p1 % S1)
     column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * unaligned(p2 % S2)
 
-    k_base, v_base = k + b * k_b + kv_head * k_h, v + b * v_b + kv_head * v_h
+    k += b * k_b + kv_head * k_h
+    v += b * v_b + kv_head * v_h
+    pad_k += kv_head * DIM
+    pad_v += kv_head * DIM_V
+    per_scale = 1.4426950408889634 / scale_log2
     ROWS: tl.constexpr = BLOCK_N // COLUMNS
     top = tl.full([BLOCK_M], HIDDEN, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for part in range(0, tl.cdiv(w2, COLUMNS)):  # one, unless a row is longer than a step
         u2 = part * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
-        t2, there2 = start2 + u2, u2 < w2
+        t2 = start2 + tl.minimum(u2, w2 - 1)
         ky2 = g2 + D2 * t2
         inside2 = on_axis(ky2, L2, CLAMPED)
-        seen2 = there2[None, :]
+        k_columns = (ky2 * k_2)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+        v_columns = (ky2 * v_2)[:, None] + tl.arange(0, BLOCK_DV)[None, :]
+        seen2 = (u2 < w2)[None, :]
         if MASK_OUTSIDE:
             seen2 = seen2 & inside2[None, :]
-        if not FULL2 and not HAS_BIAS:
+        if not FULL2:
             seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
-        column = tl.where(seen2, 0.0, HIDDEN)
+        start = tl.where(seen2, 0.0, HIDDEN) + tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        row_tile = start
         if HAS_REL:
-            exists = there2[None, :] & there[:, None]
+            exists = (u2 < w2)[None, :] & there[:, None]
             terms = tl.load(rel + column_terms[:, None] + u2[None, :], mask=exists, other=0.0)
-            column += terms.to(tl.float32) * 1.4426950408889634
+            start += terms.to(tl.float32) * per_scale
             row_tile = tl.load(rel + row_terms[:, None] + u2[None, :], mask=exists, other=0.0)
-            row_tile = row_tile.to(tl.float32) * 1.4426950408889634
-        for i in range(0, tl.cdiv(w0 * w1, ROWS)):
-            t0, t1, there1 = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
-            ky0, ky1 = g0 + D0 * t0, g1 + D1 * t1
-            inside1 = on_axis(ky0, L0, CLAMPED) & on_axis(ky1, L1, CLAMPED)
-            inside, wanted = inside1 & inside2, there1 & there2
-            rows_k = load_tokens(
-                k_base, ky0 * k_0 + ky1 * k_1 + ky2 * k_2, inside, wanted, pad_k + kv_head * DIM, DIM, BLOCK_D, False,
-                HAS_PAD,
+            row_tile = row_tile.to(tl.float32) * per_scale
+        for i in range(0, tl.cdiv(w0 * w1, ROWS * (1 + PAIRED))):
+            s, lift, shown, _, ky0, ky1, inside = logits(
+                i * (1 + PAIRED), queries, start, k, k_columns, u2, inside2, bias, bias_m, row_tile, pad_k, k_0, k_1,
+                L0, L1, D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
+                K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP,
+                FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS,
             )  # fmt: skip
-            s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION) * scale_log2 + column
-            if MASK_OUTSIDE:
-                there1 = there1 & inside1
-            seen = rows_seen(
-                across(there1, ROWS), across(t0, ROWS), across(t1, ROWS), first0[:, None], stop0[:, None],
-                first1[:, None], stop1[:, None], FULL0, FULL1,
-            )  # fmt: skip
-            if HAS_BIAS:
-                row_n = tl.where(there1, t0 * (2 * K1 - 1) + t1, start0 * (2 * K1 - 1) + start1)
-                biases = tl.load(bias + bias_m[:, None] + (row_n * (T2 * WIDTH) + u2)[None, :])
-                s += biases.to(tl.float32) * 1.4426950408889634
-            if HAS_REL:
-                s += tl.sum(tl.where((u2 == i)[None, :], row_tile, 0.0), 1)[:, None]
-            s = tl.where(seen, s, HIDDEN)
-            new_top = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp2(s - new_top[:, None])
-            alpha = tl.exp2(top - new_top)
-            total = total * alpha + tl.sum(p, 1)
-            rows_v = load_tokens(
-                v_base, ky0 * v_0 + ky1 * v_1 + ky2 * v_2, inside, wanted, pad_v + kv_head * DIM_V, DIM_V, BLOCK_DV,
-                False, HAS_PAD,
-            )  # fmt: skip
-            acc = tl.dot(p.to(rows_v.dtype), rows_v, acc * alpha[:, None], input_precision=PRECISION)
+            new_top = tl.maximum(top, tops(s, lift, shown, ROWS))
+            if PAIRED:  # two steps share what it costs to move the maximum
+                s_, lift_, shown_, _, ky0_, ky1_, inside_ = logits(
+                    i * 2 + 1, queries, start, k, k_columns, u2, inside2, bias, bias_m, row_tile, pad_k, k_0, k_1,
+                    L0, L1, D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
+                    K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP,
+                    FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS,
+                )  # fmt: skip
+                new_top = tl.maximum(new_top, tops(s_, lift_, shown_, ROWS))
+            less = new_top * scale_log2
+            alpha = tl.exp2(top * scale_log2 - less)
             top = new_top
+            p = weights(s, lift, shown, less, scale_log2, ROWS)
+            total = total * alpha[:, None] + p
+            values = load_box(
+                v, ky0 * v_0 + ky1 * v_1, v_columns, inside, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
+            )
+            acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+            if PAIRED:
+                p = weights(s_, lift_, shown_, less, scale_log2, ROWS)
+                total += p
+                values = load_box(
+                    v, ky0_ * v_0 + ky1_ * v_1, v_columns, inside_, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
+                )
+                acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+    sums = tl.sum(total, 1)
     if HAS_EXTRA:
         kv_row = (b * (heads // group) + kv_head) * extra
         for i in range(0, tl.cdiv(extra, BLOCK_N)):
             j = i * BLOCK_N + tl.arange(0, BLOCK_N)
-            rows_k = load_tokens(extra_k, (kv_row + j) * DIM, j < extra, j < extra, q, DIM, BLOCK_D, False, False)
-            s = tl.dot(queries, tl.trans(rows_k), input_precision=PRECISION) * scale_log2
+            keys = load_tokens(extra_k, (kv_row + j) * DIM, j < extra, j < extra, q, DIM, BLOCK_D, False, False)
+            s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             s = tl.where((j < extra)[None, :], s, HIDDEN)
             new_top = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp2(s - new_top[:, None])
-            alpha = tl.exp2(top - new_top)
-            total = total * alpha + tl.sum(p, 1)
-            rows_v = load_tokens(extra_v, (kv_row + j) * DIM_V, j < extra, j < extra, q, DIM_V, BLOCK_DV, False, False)
-            acc = tl.dot(p.to(rows_v.dtype), rows_v, acc * alpha[:, None], input_precision=PRECISION)
+            p = tl.exp2((s - new_top[:, None]) * scale_log2)
+            alpha = tl.exp2((top - new_top) * scale_log2)
+            sums = sums * alpha + tl.sum(p, 1)
+            values = load_tokens(extra_v, (kv_row + j) * DIM_V, j < extra, j < extra, q, DIM_V, BLOCK_DV, False, False)
+            acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
             top = new_top
 
     d = tl.arange(0, BLOCK_DV)
     tl.store(
         out + at[:, None] * DIM_V + d[None, :],
-        (acc / total[:, None]).to(out.dtype.element_ty),
+        (acc * (1.0 / sums)[:, None]).to(out.dtype.element_ty),
         mask=there[:, None] & (d < DIM_V)[None, :],
     )
-    tl.store(lse + at, (top + tl.log2(total)) / 1.4426950408889634, mask=there)
+    tl.store(lse + at, (top * scale_log2 + tl.log2(sums)) * 0.6931471805599453, mask=there)
 
 
 def three_axes(x: Tensor) -> Tensor:
@@ -169,7 +249,7 @@ def strides_of(x: Any) -> tuple[int, ...]:
 
 
 def shared_constants(
-    windows: Windows, q: Any, v: Any, precision: str, bias: Any = None, extra: Any = None, pad: Any = None,
+    windows: Windows, q: Any, k: Any, v: Any, precision: str, bias: Any = None, extra: Any = None, pad: Any = None,
     rel: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The ``constexpr`` arguments that all kernels begin with."""
@@ -178,7 +258,8 @@ def shared_constants(
     constants = {f"{name}{a}": values[a] for name, values in zip(names, per_axis) for a in range(3)}
     dim, dim_v = q[0][-1], v[0][-1]
     return {
-        **constants, "CLAMPED": windows.clamped, "MASK_OUTSIDE": windows.mask_outside, "REL_STEP": windows.rel_step,
+        **constants, "CLAMPED": windows.clamped, "OUTSIDE": windows.reaches_outside(k[0][1:4]),
+        "MASK_OUTSIDE": windows.mask_outside, "REL_STEP": windows.rel_step,
         "REL_WIDTH": 0 if rel is None else rel[0][-1], "HAS_BIAS": bias is not None, "HAS_EXTRA": extra is not None,
         "HAS_PAD": pad is not None, "HAS_REL": rel is not None, "DIM": dim, "DIM_V": dim_v,
         "BLOCK_D": power_of_2(dim), "BLOCK_DV": power_of_2(dim_v), "PRECISION": precision,
@@ -195,15 +276,15 @@ def plan(
     way = query_tiling(
         tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None, bias=bias is not None
     )
-    table = bias_rows(bias, q_grid[2], grid[2], windows, way, q[2])
+    table = bias_rows(bias, q_grid[2], grid[2], windows, way, scale, q[2])
     scalars = (
         *strides_of(q), *strides_of(k), *strides_of(v), *q_grid, *grid, *windows.dilation, *way.counts, *way.tiles,
         heads, heads // kv_heads, 0 if extra is None else extra[0][2], *table.scalars, scale * LOG2E,
     )  # fmt: skip
-    constants = shared_constants(windows, q, v, precision, bias, extra, pad, rel)
+    constants = shared_constants(windows, q, k, v, precision, bias, extra, pad, rel)
     launch = Launch(
-        na_fwd_kernel, B * way.programs * heads, scalars, constants | way.constants() | table.constants, way.warps,
-        way.stages, way.registers,
+        na_fwd_kernel, B * way.programs * heads, scalars,
+        constants | way.constants() | {"PAIRED": way.paired} | table.constants, way.warps, way.stages, way.registers,
     )  # fmt: skip
     return launch, table
 

@@ -40,9 +40,13 @@ def members_of(group, length, dilation):
 
 @triton.jit
 def axis_of_tile(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-                 STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CLAMPED: tl.constexpr):  # fmt: skip
+                 STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CLAMPED: tl.constexpr,
+                 LONG: tl.constexpr):  # fmt: skip
     """One axis of tile `c` of queries: its group, positions, coordinates (`q_length` where there is no query), windows,
-    and where the box of keys starts and how wide it is."""
+    and where the box of keys starts and how wide it is. Unless `LONG` it has one token."""
+    if not LONG:
+        none = local * 0
+        return 0, none, none, none, none + 1, 0, 1
     group = c // tiles
     top = (c - group * tiles) * T
     members = members_of(group, q_length, dilation)
@@ -70,14 +74,44 @@ def unaligned(x):
 @triton.jit
 def rows_of_box(i, start0, start1, w1, rows, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Step `i` of ROWS rows over the rows of a box: their positions on the first two axes, and whether there is such a
-    row. With one row per step these are scalars. `DEEP`: the first axis has more than one token."""
+    row; past the last one it is the last one again. With one row per step these are scalars. `DEEP`: the first axis has
+    more than one token."""
     r = i
     if ROWS > 1:
         r = i * ROWS + tl.arange(0, ROWS * COLUMNS) // COLUMNS
+    there = r < rows
+    r = tl.minimum(r, rows - 1)
     u0 = r * 0
     if DEEP:
         u0 = r // w1
-    return start0 + u0, start1 + r - u0 * w1, r < rows
+    return start0 + u0, start1 + r - u0 * w1, there
+
+
+@triton.jit
+def down(x, ROWS: tl.constexpr):
+    """What belongs to the rows of a step, laid along the tokens of the step."""
+    if ROWS > 1:
+        x = x[:, None]
+    return x
+
+
+@triton.jit
+def load_box(base, rows, columns, inside, pad, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+             OUTSIDE: tl.constexpr, HAS_PAD: tl.constexpr):  # fmt: skip
+    """Tokens of a step (tokens, BLOCK): `rows` are offsets of its rows, `columns` (tokens, BLOCK) those in a row.
+    `OUTSIDE`: some of them may lie outside the map; they are `pad`, or zeros."""
+    d = tl.arange(0, BLOCK)
+    at = base + down(rows, ROWS) + columns
+    if OUTSIDE:
+        tokens = tl.load(at, mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
+        if HAS_PAD:
+            fill = tl.load(pad + d, mask=d < DIM, other=0.0).to(tokens.dtype)
+            tokens = tl.where(inside[:, None], tokens, fill[None, :])
+        return tokens
+    elif DIM < BLOCK:
+        return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
+    else:
+        return tl.load(at)
 
 
 @triton.jit
@@ -128,9 +162,12 @@ def readers_of(low, high, n, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.conste
 
 @triton.jit
 def axis_of_keys(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-                 STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CLAMPED: tl.constexpr):  # fmt: skip
+                 STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CLAMPED: tl.constexpr,
+                 LONG: tl.constexpr):  # fmt: skip
     """One axis of tile `c` of keys: its group, size of the group, positions, and the first query or, for free windows,
-    the first block of queries that sees it, and how many do."""
+    the first block of queries that sees it, and how many do. Unless `LONG` it has one token."""
+    if not LONG:
+        return 0, 1, local * 0, 0, 1
     group = c // tiles
     low = (c - group * tiles) * T
     n = tl.maximum(members_of(group, length, dilation), K)

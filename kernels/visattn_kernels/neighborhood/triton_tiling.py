@@ -80,6 +80,8 @@ class Tiling(NamedTuple):
     stages: int
     registers: int | None = None
     """Most per thread, so that more programs run at once."""
+    paired: bool = False
+    """Whether forward takes two steps at a time."""
 
     @property
     def programs(self) -> int:
