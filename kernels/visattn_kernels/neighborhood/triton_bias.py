@@ -59,12 +59,12 @@ def na_bias_rows_kernel(
     local = at // WIDTH % T2
     u = at % WIDTH
     if OF_KEYS:
-        _, n, t, start, width = axis_of_keys(c, N2, D2, Q2, L2, local, T2, K2, S2, 1, 0, CAUSAL2, True, True)
+        _, n, t, start, width = axis_of_keys(c, N2, D2, Q2, L2, local, T2, K2, S2, 1, 0, CAUSAL2, True, True, True)
         p = start + u
         first, stop = window_of(p, n, K2, S2, 1, 0, CAUSAL2, True)
     else:
         _, p, _, first, stop, start, width = axis_of_tile(
-            c, N2, D2, Q2, L2, local, T2, K2, S2, 1, 0, CAUSAL2, True, True
+            c, N2, D2, Q2, L2, local, T2, K2, S2, 1, 0, CAUSAL2, True, True, True
         )
         t = start + u
     offset = t - p + K2 - 1

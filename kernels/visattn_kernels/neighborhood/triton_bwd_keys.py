@@ -8,7 +8,17 @@ import triton.language as tl
 
 from ..triton_tiles import load_tokens
 from .triton_bias import kind_of_box
-from .triton_geometry import HIDDEN, across, axis_of_keys, load_box, on_axis, rows_of_box, rows_seen, window_of
+from .triton_geometry import (
+    HIDDEN,
+    across,
+    axis_of_keys,
+    coordinate,
+    load_box,
+    on_axis,
+    rows_of_box,
+    rows_seen,
+    window_of,
+)
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
@@ -22,6 +32,7 @@ def na_bwd_dkv_kernel(
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
+    DILATED0: tl.constexpr, DILATED1: tl.constexpr, DILATED2: tl.constexpr,
     CLAMPED: tl.constexpr, OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
     REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
@@ -48,13 +59,15 @@ def na_bwd_dkv_kernel(
 
     n = tl.arange(0, BLOCK_N)
     g0, n0, t0, start0, w0 = axis_of_keys(
-        c0, N0, D0, Q0, L0, n // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED, DEEP
+        c0, N0, D0, Q0, L0, n // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED, DEEP, DILATED0
     )
     g1, n1, t1, start1, w1 = axis_of_keys(
-        c1, N1, D1, Q1, L1, n // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED, True
+        c1, N1, D1, Q1, L1, n // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED, True, DILATED1
     )
-    g2, n2, t2, start2, w2 = axis_of_keys(c2, N2, D2, Q2, L2, n % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED, True)
-    ky0, ky1, ky2 = g0 + D0 * t0, g1 + D1 * t1, g2 + D2 * t2
+    g2, n2, t2, start2, w2 = axis_of_keys(
+        c2, N2, D2, Q2, L2, n % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED, True, DILATED2
+    )
+    ky0, ky1, ky2 = coordinate(g0, D0, t0, DILATED0), coordinate(g1, D1, t1, DILATED1), coordinate(g2, D2, t2, DILATED2)
     inside = on_axis(ky0, L0, CLAMPED) & on_axis(ky1, L1, CLAMPED) & on_axis(ky2, L2, CLAMPED)
     wanted = n < T0 * T1 * T2
     if CLAMPED:
@@ -78,6 +91,10 @@ def na_bwd_dkv_kernel(
 
     q += b * q_b
     g += b * g_b
+    image = b * (Q0 * Q1 * Q2) * heads  # offsets of many tokens are inside an image
+    lse += image
+    delta += image
+    rel += image * TERMS
     per_scale = 1.4426950408889634 / scale_log2
     none = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -102,7 +119,7 @@ def na_bwd_dkv_kernel(
         for part in range(0, tl.cdiv(columns, COLUMNS)):
             m2 = part * COLUMNS + tl.arange(0, BLOCK_M) % COLUMNS
             p2 = q2 + tl.minimum(m2, columns - 1)
-            y2 = g2 + D2 * p2
+            y2 = coordinate(g2, D2, p2, DILATED2)
             # A query that is not there is read at another's place and hidden.
             seen2 = (m2 < columns)[None, :]
             if CLAMPED and not FULL2:
@@ -116,7 +133,7 @@ def na_bwd_dkv_kernel(
             g_columns = (y2 * g_2)[:, None] + tl.arange(0, BLOCK_DV)[None, :]
             for i in range(0, tl.cdiv(rows, ROWS)):
                 p0, p1, shown = rows_of_box(i, q0, q1, row_width, rows, DEEP, ROWS, COLUMNS)
-                y0, y1 = g0 + D0 * p0, g1 + D1 * p1
+                y0, y1 = coordinate(g0, D0, p0, DILATED0), coordinate(g1, D1, p1, DILATED1)
                 if not CLAMPED:
                     shown = shown & (y0 < Q0) & (y1 < Q1)
                     y0, y1 = tl.minimum(y0, Q0 - 1), tl.minimum(y1, Q1 - 1)
@@ -126,7 +143,7 @@ def na_bwd_dkv_kernel(
                 grads = load_box(
                     g + head * g_h, y0 * g_0 + y1 * g_1, g_columns, shown, g, DIM_V, BLOCK_DV, ROWS, False, False
                 )
-                at = (((b * Q0 + y0) * Q1 + y1) * Q2 + y2) * heads + head
+                at = ((y0 * Q1 + y1) * Q2 + y2) * heads + head
                 row_lse = tl.load(lse + at) * 1.4426950408889634
                 row_delta = tl.load(delta + at)
                 start = column
@@ -152,17 +169,20 @@ def na_bwd_dkv_kernel(
                 acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
                 acc_k = tl.dot((p * dp).to(queries.dtype), queries, acc_k, input_precision=PRECISION)
 
-    token = ((b * L0 + ky0) * L1 + ky1) * L2 + ky2
+    token = (ky0 * L1 + ky1) * L2 + ky2
+    image = b * (L0 * L1 * L2)
+    dk += image * dk_t + kv_head * dk_h
+    dv += image * dv_t + kv_head * dv_h
     there = inside & wanted
     acc_k *= scale
     d, d_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     tl.store(
-        dk + (token * dk_t + kv_head * dk_h)[:, None] + d[None, :],
+        dk + (token * dk_t)[:, None] + d[None, :],
         acc_k.to(dk.dtype.element_ty),
         mask=there[:, None] & (d < DIM)[None, :],
     )
     tl.store(
-        dv + (token * dv_t + kv_head * dv_h)[:, None] + d_v[None, :],
+        dv + (token * dv_t)[:, None] + d_v[None, :],
         acc_v.to(dv.dtype.element_ty),
         mask=there[:, None] & (d_v < DIM_V)[None, :],
     )

@@ -6,7 +6,7 @@ import triton.language as tl
 from ..triton_tiles import load_tokens
 from .triton_bias import kind_of_box
 from .triton_fwd import logits, weights
-from .triton_geometry import HIDDEN, axis_of_tile, load_box, on_axis, rows_of_box, unaligned
+from .triton_geometry import HIDDEN, axis_of_tile, coordinate, load_box, on_axis, rows_of_box, unaligned
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
@@ -21,6 +21,7 @@ def na_bwd_dq_kernel(
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
+    DILATED0: tl.constexpr, DILATED1: tl.constexpr, DILATED2: tl.constexpr,
     CLAMPED: tl.constexpr, OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
     REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
@@ -49,13 +50,13 @@ def na_bwd_dq_kernel(
 
     m = tl.arange(0, BLOCK_M)
     g0, p0, y0, first0, stop0, start0, w0 = axis_of_tile(
-        c0, N0, D0, Q0, L0, m // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED, DEEP
+        c0, N0, D0, Q0, L0, m // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED, DEEP, DILATED0
     )
     g1, p1, y1, first1, stop1, start1, w1 = axis_of_tile(
-        c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED, True
+        c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED, True, DILATED1
     )
     g2, p2, y2, first2, stop2, start2, w2 = axis_of_tile(
-        c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED, True
+        c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED, True, DILATED2
     )
     there = (y0 < Q0) & (y1 < Q1) & (y2 < Q2) & (m < T0 * T1 * T2)
     queries = load_tokens(
@@ -64,8 +65,17 @@ def na_bwd_dq_kernel(
     grads = load_tokens(
         g + b * g_b + head * g_h, y0 * g_0 + y1 * g_1 + y2 * g_2, there, there, g, DIM_V, BLOCK_DV, False, False
     )
-    token = ((b * Q0 + y0) * Q1 + y1) * Q2 + y2
+    token = (y0 * Q1 + y1) * Q2 + y2  # inside an image, as all offsets of many tokens
     at = token * heads + head
+    image = b * (Q0 * Q1 * Q2)
+    out += image * heads * DIM_V
+    lse += image * heads
+    grad_lse += image * heads
+    delta += image * heads
+    dq += image * dq_t + head * dq_h
+    rel += image * heads * REL_WIDTH
+    drel += image * heads * REL_WIDTH
+    compact += image * heads * (2 * COLUMNS)
     outs = load_tokens(out, at * DIM_V, there, there, out, DIM_V, BLOCK_DV, False, False)
     row_delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
     if HAS_GRAD_LSE:
@@ -81,7 +91,7 @@ def na_bwd_dq_kernel(
         )
         bias_m = OFF + m % T2 * WIDTH + (ROOM - row_m) * (T2 * WIDTH)
         pairs += (b * heads + head) * (Q0 * Q1 * Q2) * (K0 * K1 * K2)
-        query = (y0 * Q1 + y1) * Q2 + y2
+        query = token
         if MANY_PAIRS:
             query = query.to(tl.int64)
         slot_m = query * (K0 * K1 * K2) - (first0 * K1 + first1) * K2 - first2
@@ -100,7 +110,7 @@ def na_bwd_dq_kernel(
     for part in range(0, tl.cdiv(w2, COLUMNS)):  # one, unless a row is longer than a step
         u2 = part * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
         t2 = start2 + tl.minimum(u2, w2 - 1)
-        ky2 = g2 + D2 * t2
+        ky2 = coordinate(g2, D2, t2, DILATED2)
         inside2 = on_axis(ky2, L2, CLAMPED)
         k_columns = (ky2 * k_2)[:, None] + tl.arange(0, BLOCK_D)[None, :]
         v_columns = (ky2 * v_2)[:, None] + tl.arange(0, BLOCK_DV)[None, :]
@@ -125,8 +135,9 @@ def na_bwd_dq_kernel(
         for i in range(0, tl.cdiv(w0 * w1, ROWS)):
             s, lift, shown, keys, ky0, ky1, inside = logits(
                 i, queries, start, k, k_columns, u2, inside2, bias, bias_m, row_tile, pad_k, k_0, k_1, L0, L1, D0, D1,
-                g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE,
-                HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS,
+                g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1, DILATED0, DILATED1, K1, CLAMPED, OUTSIDE,
+                MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS,
+                COLUMNS,
             )  # fmt: skip
             values = load_box(
                 v, ky0 * v_0 + ky1 * v_1, v_columns, inside, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
@@ -160,7 +171,7 @@ def na_bwd_dq_kernel(
 
     d = tl.arange(0, BLOCK_D)
     tl.store(
-        dq + (token * dq_t + head * dq_h)[:, None] + d[None, :],
+        dq + (token * dq_t)[:, None] + d[None, :],
         (acc * scale).to(dq.dtype.element_ty),
         mask=there[:, None] & (d < DIM)[None, :],
     )

@@ -20,6 +20,7 @@ from .triton_geometry import (
     HIDDEN,
     across,
     axis_of_tile,
+    coordinate,
     down,
     load_box,
     on_axis,
@@ -34,10 +35,10 @@ from .triton_tiling import Windows, query_tiling
 def logits(
     i, queries, start, k, k_columns, u2, inside2, bias, bias_m, row_tile, pad_k, k_0, k_1, L0, L1, D0, D1, g0, g1,
     start0, start1, w0, w1, first0, stop0, first1, stop1,
-    K1: tl.constexpr, CLAMPED: tl.constexpr, OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, DEEP: tl.constexpr, FULL0: tl.constexpr, FULL1: tl.constexpr, ROW_OF_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DILATED0: tl.constexpr, DILATED1: tl.constexpr, K1: tl.constexpr, CLAMPED: tl.constexpr,
+    OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
+    HAS_REL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DEEP: tl.constexpr,
+    FULL0: tl.constexpr, FULL1: tl.constexpr, ROW_OF_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Step `i` over the rows of a box of keys: logits over the scale (M, N), the term of the row that is still to be
     added per query, the queries that see the row, the keys, and where values lie.
@@ -46,7 +47,7 @@ def logits(
     exponent, where it costs a query and not a pair.
     """
     t0, t1, shown = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
-    ky0, ky1 = g0 + D0 * t0, g1 + D1 * t1
+    ky0, ky1 = coordinate(g0, D0, t0, DILATED0), coordinate(g1, D1, t1, DILATED1)
     inside = inside2
     if OUTSIDE:
         inside1 = on_axis(ky0, L0, CLAMPED) & on_axis(ky1, L1, CLAMPED)
@@ -99,6 +100,7 @@ def na_fwd_kernel(
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
+    DILATED0: tl.constexpr, DILATED1: tl.constexpr, DILATED2: tl.constexpr,
     CLAMPED: tl.constexpr, OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
     REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
@@ -124,19 +126,22 @@ def na_fwd_kernel(
 
     m = tl.arange(0, BLOCK_M)
     g0, p0, y0, first0, stop0, start0, w0 = axis_of_tile(
-        c0, N0, D0, Q0, L0, m // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED, DEEP
+        c0, N0, D0, Q0, L0, m // (T1 * T2), T0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED, DEEP, DILATED0
     )
     g1, p1, y1, first1, stop1, start1, w1 = axis_of_tile(
-        c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED, True
+        c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED, True, DILATED1
     )
     g2, p2, y2, first2, stop2, start2, w2 = axis_of_tile(
-        c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED, True
+        c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED, True, DILATED2
     )
     there = (y0 < Q0) & (y1 < Q1) & (y2 < Q2) & (m < T0 * T1 * T2)
     queries = load_tokens(
         q + b * q_b + head * q_h, y0 * q_0 + y1 * q_1 + y2 * q_2, there, there, q, DIM, BLOCK_D, False, False
     )
-    at = (((b * Q0 + y0) * Q1 + y1) * Q2 + y2) * heads + head
+    at = ((y0 * Q1 + y1) * Q2 + y2) * heads + head  # inside an image, as all offsets of many tokens
+    out += b * (Q0 * Q1 * Q2) * heads * DIM_V
+    lse += b * (Q0 * Q1 * Q2) * heads
+    rel += b * (Q0 * Q1 * Q2) * heads * REL_WIDTH
     bias_m = m
     if HAS_BIAS:  # a row per offset on the first two axes, see triton_bias
         row_m = (p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1
@@ -161,7 +166,7 @@ def na_fwd_kernel(
     for part in range(0, tl.cdiv(w2, COLUMNS)):  # one, unless a row is longer than a step
         u2 = part * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
         t2 = start2 + tl.minimum(u2, w2 - 1)
-        ky2 = g2 + D2 * t2
+        ky2 = coordinate(g2, D2, t2, DILATED2)
         inside2 = on_axis(ky2, L2, CLAMPED)
         k_columns = (ky2 * k_2)[:, None] + tl.arange(0, BLOCK_D)[None, :]
         v_columns = (ky2 * v_2)[:, None] + tl.arange(0, BLOCK_DV)[None, :]
@@ -182,16 +187,16 @@ def na_fwd_kernel(
             s, lift, shown, _, ky0, ky1, inside = logits(
                 i * (1 + PAIRED), queries, start, k, k_columns, u2, inside2, bias, bias_m, row_tile, pad_k, k_0, k_1,
                 L0, L1, D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
-                K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP,
-                FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS,
+                DILATED0, DILATED1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D,
+                PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS,
             )  # fmt: skip
             new_top = tl.maximum(top, tops(s, lift, shown, ROWS))
             if PAIRED:  # two steps share what it costs to move the maximum
                 s_, lift_, shown_, _, ky0_, ky1_, inside_ = logits(
                     i * 2 + 1, queries, start, k, k_columns, u2, inside2, bias, bias_m, row_tile, pad_k, k_0, k_1,
                     L0, L1, D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
-                    K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP,
-                    FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS,
+                    DILATED0, DILATED1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D,
+                    PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS,
                 )  # fmt: skip
                 new_top = tl.maximum(new_top, tops(s_, lift_, shown_, ROWS))
             less = new_top * scale_log2
@@ -253,8 +258,9 @@ def shared_constants(
     rel: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The ``constexpr`` arguments that all kernels begin with."""
-    names = ("K", "S", "STEP", "OFF", "CAUSAL")
-    per_axis = (windows.kernel_size, windows.stride, windows.step, windows.offset, windows.is_causal)
+    names = ("K", "S", "STEP", "OFF", "CAUSAL", "DILATED")
+    dilated = tuple(d > 1 for d in windows.dilation)
+    per_axis = (windows.kernel_size, windows.stride, windows.step, windows.offset, windows.is_causal, dilated)
     constants = {f"{name}{a}": values[a] for name, values in zip(names, per_axis) for a in range(3)}
     dim, dim_v = q[0][-1], v[0][-1]
     return {

@@ -39,25 +39,36 @@ def members_of(group, length, dilation):
 
 
 @triton.jit
+def coordinate(group, dilation, p, DILATED: tl.constexpr):
+    """Where member `p` of a dilation group stands on its axis."""
+    if DILATED:
+        p = group + dilation * p
+    return p
+
+
+@triton.jit
 def axis_of_tile(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
                  STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CLAMPED: tl.constexpr,
-                 LONG: tl.constexpr):  # fmt: skip
+                 LONG: tl.constexpr, DILATED: tl.constexpr):  # fmt: skip
     """One axis of tile `c` of queries: its group, positions, coordinates (`q_length` where there is no query), windows,
-    and where the box of keys starts and how wide it is. Unless `LONG` it has one token."""
+    and where the box of keys starts and how wide it is. Unless `LONG` it has one token, unless `DILATED` one group."""
     if not LONG:
         none = local * 0
         return 0, none, none, none, none + 1, 0, 1
-    group = c // tiles
+    if DILATED:
+        group = c // tiles
+        members, n = members_of(group, q_length, dilation), members_of(group, length, dilation)
+    else:  # divisions are what a small tile would spend much of its time with
+        group, members, n = 0, q_length, length
     top = (c - group * tiles) * T
-    members = members_of(group, q_length, dilation)
-    n = tl.maximum(members_of(group, length, dilation), K)
+    n = tl.maximum(n, K)
     p = top + local
     first, stop = window_of(p, n, K, S, STEP, OFFSET, CAUSAL, CLAMPED)
     start, _ = window_of(top, n, K, S, STEP, OFFSET, CAUSAL, CLAMPED)
     last = tl.minimum(top + T, members) - 1
     _, end = window_of(last, n, K, S, STEP, OFFSET, CAUSAL, CLAMPED)
     width = tl.where(last < top, 0, end - start)
-    at = tl.where(p < members, group + dilation * p, q_length)
+    at = tl.where(p < members, coordinate(group, dilation, p, DILATED), q_length)
     return group, p, at, first, stop, start, width
 
 
@@ -163,18 +174,22 @@ def readers_of(low, high, n, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.conste
 @triton.jit
 def axis_of_keys(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
                  STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CLAMPED: tl.constexpr,
-                 LONG: tl.constexpr):  # fmt: skip
+                 LONG: tl.constexpr, DILATED: tl.constexpr):  # fmt: skip
     """One axis of tile `c` of keys: its group, size of the group, positions, and the first query or, for free windows,
-    the first block of queries that sees it, and how many do. Unless `LONG` it has one token."""
+    the first block of queries that sees it, and how many do. `LONG` and `DILATED` as for tiles of queries."""
     if not LONG:
         return 0, 1, local * 0, 0, 1
-    group = c // tiles
+    if DILATED:
+        group = c // tiles
+        members, n = members_of(group, q_length, dilation), members_of(group, length, dilation)
+    else:
+        group, members, n = 0, q_length, length
     low = (c - group * tiles) * T
-    n = tl.maximum(members_of(group, length, dilation), K)
+    n = tl.maximum(n, K)
     if CLAMPED:
         high = tl.minimum(low + T, n) - 1
         first, stop = readers_of(low, high, n, K, S, CAUSAL)
-        count = tl.minimum(stop, members_of(group, q_length, dilation)) - first
+        count = tl.minimum(stop, members) - first
         count = tl.where(high < low, 0, tl.maximum(count, 0))
     else:
         low -= OFFSET

@@ -80,7 +80,7 @@ class Tiling(NamedTuple):
     stages: int
     registers: int | None = None
     """Most per thread, so that more programs run at once."""
-    paired: bool = False
+    paired: bool = True
     """Whether forward takes two steps at a time."""
 
     @property
