@@ -59,8 +59,13 @@ def _backward(*args):  # type: ignore[no-untyped-def]
     return backward(*(*args[:given], _windows(*args[given:-1]), args[-1]))
 
 
+def _registered_backward(*args):  # type: ignore[no-untyped-def]
+    """An operator returns tensors: an empty one for each gradient of what was not given."""
+    return tuple(args[2].new_empty(0) if x is None else x for x in _backward(*args))
+
+
 torch.library.impl("visattn::windowed_fwd", "CompositeExplicitAutograd", _forward)
-torch.library.impl("visattn::windowed_bwd", "CompositeExplicitAutograd", _backward)
+torch.library.impl("visattn::windowed_bwd", "CompositeExplicitAutograd", _registered_backward)
 
 
 @torch.library.register_fake("visattn::windowed_fwd")

@@ -228,8 +228,8 @@ def _folds(pairs: Any, grid: Any, windows: Windows) -> list[tuple[Launch, int]]:
 
 def images_at_a_time(q: Tensor, windows: Windows) -> int:
     """Images whose gradients of logits are in memory together; `q` has three axes."""
-    image = q[0].numel() // q.shape[-1] * math.prod(windows.kernel_size) * q.element_size()
-    return max(1, MOST_BYTES // max(image, 1))
+    image = math.prod(q.shape[1:5]) * math.prod(windows.kernel_size) * q.element_size()
+    return max(1, MOST_BYTES // image)
 
 
 def sum_by_offset(pairs: Tensor, table: Tensor, grid: Any, windows: Windows) -> Tensor:

@@ -13,22 +13,21 @@ from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta
 from ..triton_tiles import LOG2E
-from . import triton_bias
+from . import triton_bias, triton_position
 from .triton_bias import BiasRows, bias_rows, images_at_a_time, sum_by_offset
 from .triton_bwd_keys import na_bwd_dkv_kernel
 from .triton_bwd_queries import na_bwd_dq_kernel
 from .triton_bwd_shared import extra_gradients
 from .triton_fwd import prepare, shared_constants, strides_of, three_axes
+from .triton_position import identity, room_for_terms, table_gradients
 from .triton_tiling import Windows, key_tiling, query_tiling
 
 
 class Plan(NamedTuple):
-    """A launch, how it reads biases, and the position terms of a query that it leaves or reads: of rows of keys, then
-    of columns, each rounded up."""
+    """A launch, and how it reads biases."""
 
     launch: Launch
     biases: BiasRows
-    terms: int
 
 
 @functools.lru_cache(4096)
@@ -46,7 +45,6 @@ def plans(
     way = query_tiling(
         tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None, True, bias is not None
     )
-    terms = 2 * way.columns
     table = bias_rows(bias, q_grid[2], grid[2], windows, way, scale, q[2])
     many = math.prod(q_grid) * math.prod(windows.kernel_size) >= triton_bias.FAR
     dq = Launch(
@@ -62,10 +60,10 @@ def plans(
         na_bwd_dkv_kernel, B * keys.programs * kv_heads,
         (*strides, *maps, *keys.counts, *keys.tiles, heads, heads // kv_heads, *other.scalars, kv_heads * dim, dim,
          kv_heads * dim_v, dim_v, *factors),
-        {"TERMS": terms} | shared | keys.constants(of_keys=True) | other.constants, keys.warps, keys.stages,
+        shared | keys.constants(of_keys=True) | other.constants, keys.warps, keys.stages,
         keys.registers,
     )  # fmt: skip
-    return Plan(dq, table, terms), Plan(dkv, other, terms)
+    return Plan(dq, table), Plan(dkv, other)
 
 
 def backward(
@@ -84,74 +82,98 @@ def backward(
     rel: Tensor | None,
     windows: Windows,
     scale: float,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel; an empty tensor for each that was not given."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel; None for each that was not given."""
     given = (bias, extra_k, extra_v, pad_k, pad_v, rel)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if q.numel() == 0:
-        return dq, dk, dv, *(q.new_empty(0) if x is None else torch.zeros_like(x) for x in given)
-    g, q, k, v = (three_axes(x) for x in (grad_out, q, k, v))
+        return dq, dk, dv, *(None if x is None else torch.zeros_like(x) for x in given)
+    g, q, k, v = maps = (three_axes(grad_out), three_axes(q), three_axes(k), three_axes(v))
     _, extra_k, extra_v, *pads, rel = optional = prepare(*given, windows, k)
-    rest = [meta(x) for x in (bias, extra_k, pads[0], rel)]
     settings = (grad_lse is not None, windows, scale, dot_precision(q.dtype))
-    queries, keys = plans(meta(g), meta(q), meta(k), meta(v), *rest, *settings)
+    queries, keys = plans(*map(meta, (*maps, bias, extra_k, pads[0], rel)), *settings)
     delta = torch.empty_like(lse)
-    drel = compact = q.new_empty(0)
-    if rel is not None:  # the second kernel reads the position terms as the first one has found them
-        drel = torch.zeros(rel.shape, dtype=rel.dtype, device=rel.device)
-        compact = torch.empty(*rel.shape[:-1], queries.terms, dtype=rel.dtype, device=rel.device)
-    filled = [q if x is None else x for x in optional[1:]]
     results = (out, lse, lse if grad_lse is None else grad_lse.contiguous(), delta, dq)
-    dbias = q.new_empty(0)
-    if bias is None:
-        queries.launch(g, q, k, v, q, *filled, *results, drel, compact, q)
+    filled = [q if x is None else x for x in optional[1:]]
+    if rel is not None:
+        drel = _with_embeddings(rel, maps, results, (dk, dv), settings).to(rel.dtype)
+        return dq, dk, dv, None, None, None, None, None, drel
+    rows, dbias = q, None
+    if bias is not None:
+        dbias = _with_biases(bias, maps, optional[1:], results, queries, settings).to(bias.dtype)
+        assert keys.biases.rows is not None
+        rows = keys.biases.rows(bias)
     else:
-        dbias = _with_biases(bias, (g, q, k, v), optional[1:5], results, queries, settings).to(bias.dtype)
+        queries.launch(*maps, q, *filled, q, *results, q, q, q)
 
     sums = [
         None if x is None else torch.empty(keys.launch.programs, x.shape[-1], dtype=torch.float32, device=q.device)
         for x in pads
     ]
-    rows = q if bias is None or keys.biases.rows is None else keys.biases.rows(bias)
-    keys.launch(
-        g, q, k, v, rows, *filled[2:4], compact, lse, delta, dk, dv, *(q if x is None else x for x in sums)
-    )  # fmt: skip
+    keys.launch(*maps, rows, *filled[2:4], q, q, lse, delta, dk, dv, *(q if x is None else x for x in sums))
     dpads = [
-        q.new_empty(0) if x is None
-        else torch.zeros_like(x) if s is None
-        else s.reshape(-1, *x.shape).sum(0).to(x.dtype)
+        None if x is None else torch.zeros_like(x) if s is None else s.reshape(-1, *x.shape).sum(0).to(x.dtype)
         for x, s in zip((pad_k, pad_v), sums)
-    ]  # fmt: skip
-    if given[1] is None or given[2] is None:
-        dextra = (q.new_empty(0), q.new_empty(0))
-    elif extra_k is None or extra_v is None:
-        dextra = (torch.zeros_like(given[1]), torch.zeros_like(given[2]))
-    else:
+    ]
+    dextra: tuple[Tensor | None, Tensor | None] = (None, None)
+    if extra_k is not None and extra_v is not None:
         dextra = extra_gradients(g, q, extra_k, extra_v, lse, delta, scale)
-    return dq, dk, dv, dbias, *dextra, *dpads, drel
+    elif given[1] is not None and given[2] is not None:  # none of them
+        dextra = (torch.zeros_like(given[1]), torch.zeros_like(given[2]))
+    return dq, dk, dv, dbias, *dextra, *dpads, None
+
+
+def _with_embeddings(
+    rel: Tensor, maps: tuple[Tensor, ...], results: tuple[Tensor, ...], dkv: tuple[Tensor, Tensor], settings: Any
+) -> Tensor:
+    """Write all gradients but that of the embeddings, which is returned, into `results` and `dkv`, some images at a time:
+    the second kernel reads the position terms as the first one has found them."""
+    q, windows = maps[1], settings[1]
+    terms = 2 * room_for_terms(windows)
+    images = triton_position.images_at_a_time(q, terms)
+    if images < len(q):
+        total: Tensor | None = None
+        for start in range(0, len(q), images):
+            some = slice(start, start + images)
+            parts = [tuple(x[some] for x in tensors) for tensors in (maps, results, dkv)]
+            grad = _with_embeddings(rel, parts[0], parts[1], (parts[2][0], parts[2][1]), settings)
+            total = grad if total is None else total + grad
+        assert total is not None
+        return total
+    queries, keys = plans(*map(meta, (*maps, None, None, None, rel)), *settings)
+    eye = identity(q, terms // 2)
+    here, grads = torch.empty(2, *q.shape[:-1], terms, dtype=q.dtype, device=q.device)
+    lse, delta = results[1], results[3]
+    queries.launch(*maps, *(q,) * 5, rel, eye, *results, here, grads, q)
+    keys.launch(*maps, *(q,) * 3, here, eye, lse, delta, *dkv, q, q)
+    return table_gradients(q, grads, rel, terms, windows)
 
 
 def _with_biases(
-    bias: Tensor, maps: tuple[Tensor, ...], optional: Any, results: tuple[Tensor, ...], whole: Plan, settings: Any
+    bias: Tensor,
+    maps: tuple[Tensor, ...],
+    optional: tuple[Tensor | None, ...],
+    results: tuple[Tensor, ...],
+    run: Plan,
+    settings: Any,
 ) -> Tensor:
-    """Write the gradients of queries and delta into `results`, some images at a time, and return that of the table."""
-    q, k = maps[1:3]
-    windows = settings[1]
-    assert whole.biases.rows is not None
-    rows = whole.biases.rows(bias)
+    """Write the gradients of queries and delta into `results`, and return that of the table; where that of the logits
+    would take too much memory, some images at a time."""
+    q, k, windows = maps[1], maps[2], settings[1]
     images = images_at_a_time(q, windows)
+    if images >= len(q):
+        assert run.biases.rows is not None
+        pairs = torch.empty(len(q), q.shape[4], *q.shape[1:4], *windows.kernel_size, dtype=q.dtype, device=q.device)
+        filled = (q if x is None else x for x in optional)
+        run.launch(*maps, run.biases.rows(bias), *filled, q, *results, q, q, pairs)
+        return sum_by_offset(pairs, bias, k.shape[1:4], windows)
     total: Tensor | None = None
-    for start in range(0, q.shape[0], images):
-        g, q_, k_, v, *rest = (x[start : start + images] for x in (*maps, *results))
-        extra = [None if x is None else x[start : start + images] for x in optional[:2]]
-        run = whole
-        if len(q_) < len(q):
-            metas = [meta(x) for x in (g, q_, k_, v, bias, extra[0], optional[2], None)]
-            run, _ = plans(*metas, *settings)
-        pairs = q.new_empty(len(q_), q.shape[4], *q.shape[1:4], *windows.kernel_size)
-        filled = [q if x is None else x for x in (*extra, *optional[2:])]
-        run.launch(g, q_, k_, v, rows, *filled, q, *rest, q, q, pairs)
-        part = sum_by_offset(pairs, bias, k.shape[1:4], windows)
-        total = part if total is None else total + part
+    for start in range(0, len(q), images):
+        some = slice(start, start + images)
+        part = tuple(x[some] for x in maps)
+        extra = [None if x is None else x[some] for x in optional[:2]]
+        run, _ = plans(*map(meta, (*part, bias, extra[0], optional[2], None)), *settings)
+        grad = _with_biases(bias, part, (*extra, *optional[2:]), tuple(x[some] for x in results), run, settings)
+        total = grad if total is None else total + grad
     assert total is not None
     return total
