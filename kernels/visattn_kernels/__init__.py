@@ -21,6 +21,7 @@ from .halo import halo_attention
 from .layer_norm import add_layer_norm, layer_norm
 from .linear import linear
 from .neighborhood import merge_attentions, na1d, na2d, na3d, neighborhood_attention
+from .packed import split_packed
 from .reversed_attention import reversed_attention, reversed_attention_mask
 from .sparse_attention import sparse_attention
 from .window import window_attention
@@ -46,6 +47,7 @@ __all__ = [
     "reversed_attention",
     "reversed_attention_mask",
     "sparse_attention",
+    "split_packed",
     "topk_routing",
     "use_backend",
     "window_attention",

@@ -130,14 +130,12 @@ def _check_attention(  # type: ignore[no-untyped-def]
 _known_attention = remembered(_check_attention)
 
 
-def _position_terms(q: Tensor, height_rel: Tensor, width_rel: Tensor) -> Tensor:
-    """Products of queries and all embeddings, (B, H, W, heads, n): those of the height, those of the width, zeros that
-    make n a multiple of 8, which matrix products of 16 bits need to be fast."""
-    dim, (entries, half) = q.shape[-1], height_rel.shape
-    height, width = height_rel.to(q.dtype), width_rel.to(q.dtype)
-    if half < dim:
-        height, width = F.pad(height, (0, dim - half)), F.pad(width, (dim - half, 0))
-    return F.linear(q, F.pad(torch.cat([height, width]), (0, 0, 0, -2 * entries % 8)))
+def _embeddings(q: Tensor, height_rel: Tensor, width_rel: Tensor) -> Tensor:
+    """Both tables in the dtype of `q`, (2, entries, dim); zeros where half of the channels are not read."""
+    missing = q.shape[-1] - height_rel.shape[-1]
+    if missing:
+        height_rel, width_rel = F.pad(height_rel, (0, missing)), F.pad(width_rel, (missing, 0))
+    return torch.stack([height_rel, width_rel]).to(q.dtype)
 
 
 def _triton_attention(  # type: ignore[no-untyped-def]
@@ -146,7 +144,7 @@ def _triton_attention(  # type: ignore[no-untyped-def]
     def both(n: int) -> list[int]:
         return [n, n]
 
-    rel = _position_terms(q, height_rel, width_rel)
+    rel = _embeddings(q, height_rel, width_rel)
     return windowed_attention(
         q, k, v, None, None, None, None, None, rel, both(block_size + 2 * halo_size), both(block_size // stride),
         both(block_size), both(halo_size), [1, 1], [False, False], False, mask_outside, stride if pixel_offsets else 1,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..packed import gradients_like
 from ..triton_support import direct, why_not_heads
 from .ops import visible_pairs
 
@@ -52,16 +53,21 @@ def _forward(*args):  # type: ignore[no-untyped-def]
     return forward(*(*args[:_GIVEN], _windows(*args[_GIVEN:-1]), args[-1]))
 
 
-def _backward(*args):  # type: ignore[no-untyped-def]
+def _backward_into(maps, args):  # type: ignore[no-untyped-def]
     from .triton_bwd import backward
 
     given = _GIVEN + 4
-    return backward(*(*args[:given], _windows(*args[given:-1]), args[-1]))
+    return backward(maps, *args[:given], _windows(*args[given:-1]), args[-1])
+
+
+def _backward(*args):  # type: ignore[no-untyped-def]
+    return _backward_into(gradients_like(*args[2:5]), args)
 
 
 def _registered_backward(*args):  # type: ignore[no-untyped-def]
-    """An operator returns tensors: an empty one for each gradient of what was not given."""
-    return tuple(args[2].new_empty(0) if x is None else x for x in _backward(*args))
+    """As the operator's fake kernel says: contiguous tensors, an empty one for each gradient of what was not given."""
+    maps = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in args[2:5]]
+    return tuple(args[2].new_empty(0) if x is None else x for x in _backward_into(maps, args))
 
 
 torch.library.impl("visattn::windowed_fwd", "CompositeExplicitAutograd", _forward)

@@ -6,6 +6,7 @@ Gradients of queries are in ``triton_bwd_queries``, those of keys and values in 
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,30 +14,30 @@ from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta
 from ..triton_tiles import LOG2E
-from . import triton_bias
+from . import triton_bias, triton_position
 from .triton_bias import BiasRows, bias_rows, images_at_a_time, sum_by_offset
 from .triton_bwd_keys import na_bwd_dkv_kernel
 from .triton_bwd_queries import na_bwd_dq_kernel
 from .triton_bwd_shared import extra_gradients
 from .triton_fwd import prepare, shared_constants, strides_of, three_axes
+from .triton_position import identity, room_for_terms, table_gradients
 from .triton_tiling import Windows, key_tiling, query_tiling
 
 
 class Plan(NamedTuple):
-    """A launch, how it reads biases, and the position terms of a query that it leaves or reads: of rows of keys, then
-    of columns, each rounded up."""
+    """A launch, and how it reads biases."""
 
     launch: Launch
     biases: BiasRows
-    terms: int
 
 
 @functools.lru_cache(4096)
 def plans(
     g: Any, q: Any, k: Any, v: Any, bias: Any, extra: Any, pad: Any, rel: Any, grad_lse: bool, windows: Windows,
-    scale: float, precision: str,
+    scale: float, precision: str, stores: tuple[tuple[int, ...], ...],
 ) -> tuple[Plan, Plan]:  # fmt: skip
-    """How gradients of queries and of keys are computed for arguments of these shapes, strides and dtypes."""
+    """How gradients of queries and of keys are computed for arguments of these shapes, strides and dtypes; `stores`
+    holds the strides of tokens and heads in those of queries, keys and values."""
     B, *q_grid, heads, dim = q[0]
     grid, kv_heads, dim_v = k[0][1:4], k[0][4], v[0][-1]
     strides = (*strides_of(g), *strides_of(q), *strides_of(k), *strides_of(v))
@@ -46,13 +47,12 @@ def plans(
     way = query_tiling(
         tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None, True, bias is not None
     )
-    terms = 2 * way.columns
     table = bias_rows(bias, q_grid[2], grid[2], windows, way, scale, q[2])
     many = math.prod(q_grid) * math.prod(windows.kernel_size) >= triton_bias.FAR
     dq = Launch(
         na_bwd_dq_kernel, B * way.programs * heads,
         (*strides, *maps, *way.counts, *way.tiles, heads, heads // kv_heads, 0 if extra is None else extra[0][2],
-         *table.scalars, heads * dim, dim, *factors),
+         *table.scalars, *stores[0], *factors),
         {"HAS_GRAD_LSE": grad_lse, "MANY_PAIRS": many} | shared | way.constants() | table.constants, way.warps,
         way.stages, way.registers,
     )  # fmt: skip
@@ -60,15 +60,16 @@ def plans(
     other = bias_rows(bias, q_grid[2], grid[2], windows, keys, scale, q[2], of_keys=True)
     dkv = Launch(
         na_bwd_dkv_kernel, B * keys.programs * kv_heads,
-        (*strides, *maps, *keys.counts, *keys.tiles, heads, heads // kv_heads, *other.scalars, kv_heads * dim, dim,
-         kv_heads * dim_v, dim_v, *factors),
-        {"TERMS": terms} | shared | keys.constants(of_keys=True) | other.constants, keys.warps, keys.stages,
+        (*strides, *maps, *keys.counts, *keys.tiles, heads, heads // kv_heads, *other.scalars, *stores[1],
+         *stores[2], *factors),
+        shared | keys.constants(of_keys=True) | other.constants, keys.warps, keys.stages,
         keys.registers,
     )  # fmt: skip
-    return Plan(dq, table, terms), Plan(dkv, other, terms)
+    return Plan(dq, table), Plan(dkv, other)
 
 
 def backward(
+    gradients: Sequence[Tensor],
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -85,36 +86,38 @@ def backward(
     windows: Windows,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel; None for each that was not given."""
+    """Gradients of q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel; None for each that was not given.
+
+    Those of q, k, v are written into `gradients`, row-major but for strides of tokens and heads.
+    """
     given = (bias, extra_k, extra_v, pad_k, pad_v, rel)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = gradients
     if q.numel() == 0:
         return dq, dk, dv, *(None if x is None else torch.zeros_like(x) for x in given)
     g, q, k, v = maps = (three_axes(grad_out), three_axes(q), three_axes(k), three_axes(v))
     _, extra_k, extra_v, *pads, rel = optional = prepare(*given, windows, k)
-    settings = (grad_lse is not None, windows, scale, dot_precision(q.dtype))
+    stores = (dq.stride()[-3:-1], dk.stride()[-3:-1], dv.stride()[-3:-1])
+    settings = (grad_lse is not None, windows, scale, dot_precision(q.dtype), stores)
     queries, keys = plans(*map(meta, (*maps, bias, extra_k, pads[0], rel)), *settings)
     delta = torch.empty_like(lse)
     results = (out, lse, lse if grad_lse is None else grad_lse.contiguous(), delta, dq)
     filled = [q if x is None else x for x in optional[1:]]
-    rows = compact = q
-    drel = dbias = None
+    if rel is not None:
+        drel = _with_embeddings(rel, maps, results, (dk, dv), settings).to(rel.dtype)
+        return dq, dk, dv, None, None, None, None, None, drel
+    rows, dbias = q, None
     if bias is not None:
         dbias = _with_biases(bias, maps, optional[1:], results, queries, settings).to(bias.dtype)
         assert keys.biases.rows is not None
         rows = keys.biases.rows(bias)
-    elif rel is not None:  # the second kernel reads the position terms as the first one has found them
-        drel = torch.zeros(rel.shape, dtype=rel.dtype, device=rel.device)
-        compact = torch.empty(*rel.shape[:-1], queries.terms, dtype=rel.dtype, device=rel.device)
-        queries.launch(*maps, q, *filled, *results, drel, compact, q)
     else:
-        queries.launch(*maps, q, *filled, *results, q, q, q)
+        queries.launch(*maps, q, *filled, q, *results, q, q, q)
 
     sums = [
         None if x is None else torch.empty(keys.launch.programs, x.shape[-1], dtype=torch.float32, device=q.device)
         for x in pads
     ]
-    keys.launch(*maps, rows, *filled[2:4], compact, lse, delta, dk, dv, *(q if x is None else x for x in sums))
+    keys.launch(*maps, rows, *filled[2:4], q, q, lse, delta, dk, dv, *(q if x is None else x for x in sums))
     dpads = [
         None if x is None else torch.zeros_like(x) if s is None else s.reshape(-1, *x.shape).sum(0).to(x.dtype)
         for x, s in zip((pad_k, pad_v), sums)
@@ -124,7 +127,33 @@ def backward(
         dextra = extra_gradients(g, q, extra_k, extra_v, lse, delta, scale)
     elif given[1] is not None and given[2] is not None:  # none of them
         dextra = (torch.zeros_like(given[1]), torch.zeros_like(given[2]))
-    return dq, dk, dv, dbias, *dextra, *dpads, drel
+    return dq, dk, dv, dbias, *dextra, *dpads, None
+
+
+def _with_embeddings(
+    rel: Tensor, maps: tuple[Tensor, ...], results: tuple[Tensor, ...], dkv: tuple[Tensor, Tensor], settings: Any
+) -> Tensor:
+    """Write all gradients but that of the embeddings, which is returned, into `results` and `dkv`, some images at a
+    time: the second kernel reads the position terms as the first one has found them."""
+    q, windows = maps[1], settings[1]
+    terms = 2 * room_for_terms(windows)
+    images = triton_position.images_at_a_time(q, terms)
+    if images < len(q):
+        total: Tensor | None = None
+        for start in range(0, len(q), images):
+            some = slice(start, start + images)
+            parts = [tuple(x[some] for x in tensors) for tensors in (maps, results, dkv)]
+            grad = _with_embeddings(rel, parts[0], parts[1], (parts[2][0], parts[2][1]), settings)
+            total = grad if total is None else total + grad
+        assert total is not None
+        return total
+    queries, keys = plans(*map(meta, (*maps, None, None, None, rel)), *settings)
+    eye = identity(q, terms // 2)
+    here, grads = torch.empty(2, *q.shape[:-1], terms, dtype=q.dtype, device=q.device)
+    lse, delta = results[1], results[3]
+    queries.launch(*maps, *(q,) * 5, rel, eye, *results, here, grads, q)
+    keys.launch(*maps, *(q,) * 3, here, eye, lse, delta, *dkv, q, q)
+    return table_gradients(q, grads, rel, terms, windows)
 
 
 def _with_biases(
@@ -143,7 +172,7 @@ def _with_biases(
         assert run.biases.rows is not None
         pairs = torch.empty(len(q), q.shape[4], *q.shape[1:4], *windows.kernel_size, dtype=q.dtype, device=q.device)
         filled = (q if x is None else x for x in optional)
-        run.launch(*maps, run.biases.rows(bias), *filled, *results, q, q, pairs)
+        run.launch(*maps, run.biases.rows(bias), *filled, q, *results, q, q, pairs)
         return sum_by_offset(pairs, bias, k.shape[1:4], windows)
     total: Tensor | None = None
     for start in range(0, len(q), images):

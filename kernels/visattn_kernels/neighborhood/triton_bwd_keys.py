@@ -24,19 +24,18 @@ from .triton_geometry import (
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
                                "heads", "group", "left", "right", "whole", "kinds"])  # fmt: skip
 def na_bwd_dkv_kernel(
-    g, q, k, v, bias, pad_k, pad_v, rel, lse, delta, dk, dv, dpad_k, dpad_v,
+    g, q, k, v, bias, pad_k, pad_v, terms, eye, lse, delta, dk, dv, dpad_k, dpad_v,
     g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, left, right, whole, kinds,
-    dk_t, dk_h, dv_t, dv_h, scale_log2, scale, TERMS: tl.constexpr,
+    dk_t, dk_h, dv_t, dv_h, scale_log2, scale,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
     DILATED0: tl.constexpr, DILATED1: tl.constexpr, DILATED2: tl.constexpr,
     CLAMPED: tl.constexpr, OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
-    REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    TERMS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -94,8 +93,7 @@ def na_bwd_dkv_kernel(
     image = b * (Q0 * Q1 * Q2) * heads  # offsets of many tokens are inside an image
     lse += image
     delta += image
-    rel += image * TERMS
-    per_scale = 1.4426950408889634 / scale_log2
+    terms += image * (2 * TERMS)
     none = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -113,9 +111,10 @@ def na_bwd_dkv_kernel(
             q0, q1, q2, rows, columns, row_width = b0 * S0, b1 * S1, b2 * S2, S0 * S1, S2, S1
             u0, u1, u2 = t0 - b0 * STEP0 + OFF0, t1 - b1 * STEP1 + OFF1, t2 - b2 * STEP2 + OFF2
             seen = (u0 >= 0) & (u0 < K0) & (u1 >= 0) & (u1 < K1) & (u2 >= 0) & (u2 < K2)
-            if HAS_REL:
+            if HAS_REL:  # terms of no key hide those that the block does not see, if there are such terms
                 e = tl.arange(0, TERMS)[None, :]
-                ones = ((e == u1[:, None]) | (e == u2[:, None] + TERMS // 2)).to(rows_k.dtype)
+                pick1 = tl.load(eye + (tl.where(seen, u1, TERMS - 1) * TERMS)[:, None] + e)
+                pick2 = tl.load(eye + (tl.where(seen, u2, TERMS - 1) * TERMS)[:, None] + e)
         for part in range(0, tl.cdiv(columns, COLUMNS)):
             m2 = part * COLUMNS + tl.arange(0, BLOCK_M) % COLUMNS
             p2 = q2 + tl.minimum(m2, columns - 1)
@@ -126,9 +125,12 @@ def na_bwd_dkv_kernel(
                 first2, stop2 = window_of(p2, n2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED)
                 seen2 = seen2 & (t2[:, None] >= first2[None, :]) & (t2[:, None] < stop2[None, :])
             if not CLAMPED:
-                seen2 = seen2 & (y2 < Q2)[None, :] & seen[:, None]
+                read2 = (m2 < columns) & (y2 < Q2)
                 y2 = tl.minimum(y2, Q2 - 1)
-            column = tl.where(seen2, 0.0, HIDDEN) + none
+                seen2 = seen[:, None]
+            column = none
+            if not HAS_REL or TERMS == K1:
+                column += tl.where(seen2, 0.0, HIDDEN)
             q_columns = (y2 * q_2)[:, None] + tl.arange(0, BLOCK_D)[None, :]
             g_columns = (y2 * g_2)[:, None] + tl.arange(0, BLOCK_DV)[None, :]
             for i in range(0, tl.cdiv(rows, ROWS)):
@@ -145,6 +147,8 @@ def na_bwd_dkv_kernel(
                 )
                 at = ((y0 * Q1 + y1) * Q2 + y2) * heads + head
                 row_lse = tl.load(lse + at) * 1.4426950408889634
+                if not CLAMPED:
+                    row_lse = tl.where(shown & read2, row_lse, float("inf"))
                 row_delta = tl.load(delta + at)
                 start = column
                 if HAS_BIAS:
@@ -152,8 +156,9 @@ def na_bwd_dkv_kernel(
                     laid_out = bias + (head * kinds + kind) * biases_of_box
                     start = tl.load(laid_out + bias_n[:, None] + (m2 - row_m)[None, :]).to(tl.float32)
                 if HAS_REL:
-                    terms = tl.load(rel + at[:, None] * TERMS + e).to(rows_k.dtype)
-                    start += tl.dot(ones, tl.trans(terms), input_precision=PRECISION) * per_scale
+                    here = terms + (at * (2 * TERMS))[:, None] + e
+                    start = tl.dot(pick1, tl.trans(tl.load(here)), start, input_precision=PRECISION)
+                    start = tl.dot(pick2, tl.trans(tl.load(here + TERMS)), start, input_precision=PRECISION)
                 s = tl.dot(rows_k, tl.trans(queries), start, input_precision=PRECISION)
                 if CLAMPED:
                     first0, stop0 = window_of(p0, n0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED)
@@ -162,9 +167,9 @@ def na_bwd_dkv_kernel(
                         across(shown, ROWS), t0[:, None], t1[:, None], across(first0, ROWS), across(stop0, ROWS),
                         across(first1, ROWS), across(stop1, ROWS), FULL0, FULL1,
                     )  # fmt: skip
-                else:
-                    shown = across(shown, ROWS)
-                p = tl.where(shown, tl.exp2(s * scale_log2 - row_lse[None, :]), 0.0)
+                p = tl.exp2(s * scale_log2 - row_lse[None, :])
+                if CLAMPED:
+                    p = tl.where(shown, p, 0.0)
                 dp = tl.dot(rows_v, tl.trans(grads), none - row_delta[None, :], input_precision=PRECISION)
                 acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
                 acc_k = tl.dot((p * dp).to(queries.dtype), queries, acc_k, input_precision=PRECISION)

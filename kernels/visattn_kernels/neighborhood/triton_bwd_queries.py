@@ -6,13 +6,14 @@ import triton.language as tl
 from ..triton_tiles import load_tokens
 from .triton_bias import kind_of_box
 from .triton_fwd import logits, weights
-from .triton_geometry import HIDDEN, axis_of_tile, coordinate, load_box, on_axis, rows_of_box, unaligned
+from .triton_geometry import HIDDEN, axis_of_tile, coordinate, load_box, on_axis, rows_of_box
+from .triton_position import add_of_terms, position_terms
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
                                "heads", "group", "extra", "left", "right", "whole", "kinds"])  # fmt: skip
 def na_bwd_dq_kernel(
-    g, q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, out, lse, grad_lse, delta, dq, drel, compact, pairs,
+    g, q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, eye, out, lse, grad_lse, delta, dq, all_terms, dterms, pairs,
     g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, left, right, whole, kinds,
     dq_t, dq_h, scale_log2, scale,
@@ -23,17 +24,16 @@ def na_bwd_dq_kernel(
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
     DILATED0: tl.constexpr, DILATED1: tl.constexpr, DILATED2: tl.constexpr,
     CLAMPED: tl.constexpr, OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
-    REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    TERMS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a box of queries and of their position terms; also writes delta, the product of output and its
-    gradient less the gradient of the log-sum-exp, per query, and with biases the gradients of logits (image, head,
-    query, key of its window)."""
+    """Gradients of a box of queries; also writes delta, the product of output and its gradient less the gradient of the
+    log-sum-exp, per query, with biases the gradients of logits (image, head, query, key of its window), and with
+    position embeddings the terms of a query and their gradients, those of rows of keys first."""
     pid = tl.program_id(0)
     head = pid % heads
     pid = pid // heads
@@ -55,7 +55,7 @@ def na_bwd_dq_kernel(
     g1, p1, y1, first1, stop1, start1, w1 = axis_of_tile(
         c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED, True, DILATED1
     )
-    g2, p2, y2, first2, stop2, start2, w2 = axis_of_tile(
+    g2, _p2, y2, first2, stop2, start2, w2 = axis_of_tile(
         c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED, True, DILATED2
     )
     there = (y0 < Q0) & (y1 < Q1) & (y2 < Q2) & (m < T0 * T1 * T2)
@@ -73,9 +73,8 @@ def na_bwd_dq_kernel(
     grad_lse += image * heads
     delta += image * heads
     dq += image * dq_t + head * dq_h
-    rel += image * heads * REL_WIDTH
-    drel += image * heads * REL_WIDTH
-    compact += image * heads * (2 * COLUMNS)
+    all_terms += image * heads * (2 * TERMS)
+    dterms += image * heads * (2 * TERMS)
     outs = load_tokens(out, at * DIM_V, there, there, out, DIM_V, BLOCK_DV, False, False)
     row_delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
     if HAS_GRAD_LSE:
@@ -95,15 +94,19 @@ def na_bwd_dq_kernel(
         if MANY_PAIRS:
             query = query.to(tl.int64)
         slot_m = query * (K0 * K1 * K2) - (first0 * K1 + first1) * K2 - first2
-    # Where the position terms of a query start, from the first row and the first column of its window on.
-    row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * unaligned(p1 % S1)
-    column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * unaligned(p2 % S2)
-
     k += b * k_b + kv_head * k_h
     v += b * v_b + kv_head * v_h
     pad_k += kv_head * DIM
     pad_v += kv_head * DIM_V
     per_scale = 1.4426950408889634 / scale_log2
+    terms = queries
+    if HAS_REL:
+        terms = per_scale * position_terms(
+            queries, rel, c1 * T1 % S1, m // T2 % T1, T1, K1, REL_STEP, DIM, BLOCK_D, TERMS, PRECISION
+        )
+        terms = terms.to(queries.dtype)
+        side_by_side = (at * (2 * TERMS))[:, None] + tl.arange(0, TERMS)[None, :]
+        tl.store(all_terms + side_by_side, terms, mask=there[:, None])
     ROWS: tl.constexpr = BLOCK_N // COLUMNS
     none = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -120,29 +123,28 @@ def na_bwd_dq_kernel(
         if not FULL2:
             seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
         start = tl.where(seen2, 0.0, HIDDEN) + none
-        row_tile = start
-        if HAS_REL:
-            exists = (u2 < w2)[None, :] & there[:, None]
-            terms = tl.load(rel + column_terms[:, None] + u2[None, :], mask=exists, other=0.0)
-            start += terms.to(tl.float32) * per_scale
-            row_tile = tl.load(rel + row_terms[:, None] + u2[None, :], mask=exists, other=0.0)
-            side_by_side = compact + at[:, None] * (2 * COLUMNS) + u2[None, :]
-            tl.store(side_by_side, row_tile, mask=there[:, None])
-            tl.store(side_by_side + COLUMNS, terms, mask=there[:, None])
-            row_tile = row_tile.to(tl.float32) * per_scale
-        acc_row = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        acc_column = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if HAS_REL:  # all keys of a row are in one step
+            start += per_scale * position_terms(
+                queries, rel + (2 * K1 - 1) * DIM, c2 * T2 % S2, m % T2, T2, K2, REL_STEP, DIM, BLOCK_D, BLOCK_N,
+                PRECISION,
+            )  # fmt: skip
+            # Those of no key hide pairs from the other kernel.
+            least = -6e4 if terms.dtype == tl.float16 else HIDDEN
+            columns = tl.maximum(start, least).to(terms.dtype)
+            tl.store(all_terms + side_by_side + TERMS, columns, mask=there[:, None])
+            acc_row = tl.zeros([BLOCK_M, TERMS], tl.float32)
+            acc_column = none
         for i in range(0, tl.cdiv(w0 * w1, ROWS)):
-            s, lift, shown, keys, ky0, ky1, inside = logits(
-                i, queries, start, k, k_columns, u2, inside2, bias, bias_m, row_tile, pad_k, k_0, k_1, L0, L1, D0, D1,
+            s, shown, keys, pick, ky0, ky1, inside = logits(
+                i, queries, start, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1, L0, L1, D0, D1,
                 g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1, DILATED0, DILATED1, K1, CLAMPED, OUTSIDE,
                 MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS,
-                COLUMNS,
+                COLUMNS, TERMS,
             )  # fmt: skip
             values = load_box(
                 v, ky0 * v_0 + ky1 * v_1, v_columns, inside, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
             )
-            p = weights(s, lift, shown, row_lse, scale_log2, ROWS)
+            p = weights(s, shown, row_lse, scale_log2, ROWS)
             ds = p * tl.dot(grads, tl.trans(values), none - row_delta[:, None], input_precision=PRECISION)
             if HAS_BIAS:
                 t0, t1, _ = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
@@ -152,11 +154,18 @@ def na_bwd_dq_kernel(
                 tl.store(pairs + slots, ds.to(pairs.dtype.element_ty), mask=shown & seen2 & there[:, None])
             acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
             if HAS_REL:
-                acc_row += tl.where((u2 == i)[None, :], tl.sum(ds, 1)[:, None], 0.0)
+                acc_row = tl.dot(ds.to(pick.dtype), pick, acc_row, input_precision=PRECISION)
                 acc_column += ds
         if HAS_REL:
-            tl.store(drel + row_terms[:, None] + u2[None, :], acc_row.to(drel.dtype.element_ty), mask=exists)
-            tl.store(drel + column_terms[:, None] + u2[None, :], acc_column.to(drel.dtype.element_ty), mask=exists)
+            tl.store(dterms + side_by_side, acc_row.to(dterms.dtype.element_ty), mask=there[:, None])
+            tl.store(dterms + side_by_side + TERMS, acc_column.to(dterms.dtype.element_ty), mask=there[:, None])
+            acc = add_of_terms(
+                acc * scale, acc_row, rel, c1 * T1 % S1, m // T2 % T1, T1, K1, REL_STEP, DIM, BLOCK_D, TERMS, PRECISION
+            )
+            acc = add_of_terms(
+                acc, acc_column, rel + (2 * K1 - 1) * DIM, c2 * T2 % S2, m % T2, T2, K2, REL_STEP, DIM, BLOCK_D, TERMS,
+                PRECISION,
+            )  # fmt: skip
     if HAS_EXTRA:
         kv_row = (b * (heads // group) + kv_head) * extra
         for i in range(0, tl.cdiv(extra, BLOCK_N)):
@@ -169,9 +178,11 @@ def na_bwd_dq_kernel(
             ds = (p * (dp - row_delta[:, None])).to(rows_k.dtype)
             acc = tl.dot(ds, rows_k, acc, input_precision=PRECISION)
 
+    if not HAS_REL:
+        acc *= scale
     d = tl.arange(0, BLOCK_D)
     tl.store(
         dq + (token * dq_t)[:, None] + d[None, :],
-        (acc * scale).to(dq.dtype.element_ty),
+        acc.to(dq.dtype.element_ty),
         mask=there[:, None] & (d < DIM)[None, :],
     )

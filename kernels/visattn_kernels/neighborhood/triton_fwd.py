@@ -26,24 +26,25 @@ from .triton_geometry import (
     on_axis,
     rows_of_box,
     rows_seen,
-    unaligned,
 )
+from .triton_position import identity, position_terms, room_for_terms
 from .triton_tiling import Windows, query_tiling
 
 
 @triton.jit
 def logits(
-    i, queries, start, k, k_columns, u2, inside2, bias, bias_m, row_tile, pad_k, k_0, k_1, L0, L1, D0, D1, g0, g1,
+    i, queries, start, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1, L0, L1, D0, D1, g0, g1,
     start0, start1, w0, w1, first0, stop0, first1, stop1,
     DILATED0: tl.constexpr, DILATED1: tl.constexpr, K1: tl.constexpr, CLAMPED: tl.constexpr,
     OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     HAS_REL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, ROW_OF_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Step `i` over the rows of a box of keys: logits over the scale (M, N), the term of the row that is still to be
-    added per query, the queries that see the row, the keys, and where values lie.
+    """Step `i` over the rows of a box of keys: logits over the scale (M, N), the queries that see the row, the keys,
+    what picks the row's term, and where values lie.
 
-    What varies along a row of keys alone starts the product's sum; what is the same for a row of keys is left to the
+    What varies along a row of keys alone starts the product's sum; whether a query sees the row at all is left to the
     exponent, where it costs a query and not a pair.
     """
     t0, t1, shown = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
@@ -59,31 +60,31 @@ def logits(
         row_n = (t0 * (2 * K1 - 1) + t1) * ROW_OF_BIAS
         start = tl.load(bias + bias_m[:, None] + (row_n + u2)[None, :]).to(tl.float32)
     s = tl.dot(queries, tl.trans(keys), start, input_precision=PRECISION)
+    pick = keys
+    if HAS_REL:  # the row's term, by the row of the identity that picks it
+        pick = tl.load(eye + i * TERMS + (u2 * 0)[:, None] + tl.arange(0, TERMS)[None, :])
+        s = tl.dot(terms, tl.trans(pick), s, input_precision=PRECISION)
     shown = rows_seen(
         across(shown, ROWS), across(t0, ROWS), across(t1, ROWS), down(first0, ROWS), down(stop0, ROWS),
         down(first1, ROWS), down(stop1, ROWS), FULL0, FULL1,
     )  # fmt: skip
     if ROWS > 1:
         s = tl.where(shown, s, HIDDEN)
-    lift = first1 * 0.0
-    if HAS_REL:
-        lift = tl.sum(tl.where((u2 == i)[None, :], row_tile, 0.0), 1)
-    return s, lift, shown, keys, ky0, ky1, inside
+    return s, shown, keys, pick, ky0, ky1, inside
 
 
 @triton.jit
-def tops(s, lift, shown, ROWS: tl.constexpr):
+def tops(s, shown, ROWS: tl.constexpr):
     """Largest logit of a step per query."""
-    top = tl.max(s, 1) + lift
+    top = tl.max(s, 1)
     if ROWS == 1:
         top = tl.where(shown, top, HIDDEN)
     return top
 
 
 @triton.jit
-def weights(s, lift, shown, less, scale_log2, ROWS: tl.constexpr):
+def weights(s, shown, less, scale_log2, ROWS: tl.constexpr):
     """Exponentials of the logits of a step less `less`, which is in units of the exponent."""
-    less = less - lift * scale_log2
     if ROWS == 1:
         less = tl.where(shown, less, float("inf"))
     return tl.exp2(s * scale_log2 - less[:, None])
@@ -92,7 +93,7 @@ def weights(s, lift, shown, less, scale_log2, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
                                "heads", "group", "extra", "left", "right", "whole", "kinds"])  # fmt: skip
 def na_fwd_kernel(
-    q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, out, lse,
+    q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, eye, out, lse,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, left, right, whole, kinds,
     scale_log2,
@@ -102,9 +103,8 @@ def na_fwd_kernel(
     CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr,
     DILATED0: tl.constexpr, DILATED1: tl.constexpr, DILATED2: tl.constexpr,
     CLAMPED: tl.constexpr, OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, REL_STEP: tl.constexpr,
-    REL_WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, HAS_REL: tl.constexpr,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    TERMS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -131,7 +131,7 @@ def na_fwd_kernel(
     g1, p1, y1, first1, stop1, start1, w1 = axis_of_tile(
         c1, N1, D1, Q1, L1, m // T2 % T1, T1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED, True, DILATED1
     )
-    g2, p2, y2, first2, stop2, start2, w2 = axis_of_tile(
+    g2, _p2, y2, first2, stop2, start2, w2 = axis_of_tile(
         c2, N2, D2, Q2, L2, m % T2, T2, K2, S2, STEP2, OFF2, CAUSAL2, CLAMPED, True, DILATED2
     )
     there = (y0 < Q0) & (y1 < Q1) & (y2 < Q2) & (m < T0 * T1 * T2)
@@ -141,7 +141,6 @@ def na_fwd_kernel(
     at = ((y0 * Q1 + y1) * Q2 + y2) * heads + head  # inside an image, as all offsets of many tokens
     out += b * (Q0 * Q1 * Q2) * heads * DIM_V
     lse += b * (Q0 * Q1 * Q2) * heads
-    rel += b * (Q0 * Q1 * Q2) * heads * REL_WIDTH
     bias_m = m
     if HAS_BIAS:  # a row per offset on the first two axes, see triton_bias
         row_m = (p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1
@@ -150,15 +149,17 @@ def na_fwd_kernel(
             ((2 * K0 - 1) * (2 * K1 - 1) + 2 * ROOM) * T2 * WIDTH
         )
         bias_m = OFF + m % T2 * WIDTH + (ROOM - row_m) * (T2 * WIDTH)
-    # Where the position terms of a query start, from the first row and the first column of its window on.
-    row_terms = at * REL_WIDTH + K1 - 1 - REL_STEP * unaligned(p1 % S1)
-    column_terms = at * REL_WIDTH + 3 * K1 - 2 - REL_STEP * unaligned(p2 % S2)
-
     k += b * k_b + kv_head * k_h
     v += b * v_b + kv_head * v_h
     pad_k += kv_head * DIM
     pad_v += kv_head * DIM_V
     per_scale = 1.4426950408889634 / scale_log2
+    terms = queries
+    if HAS_REL:
+        terms = per_scale * position_terms(
+            queries, rel, c1 * T1 % S1, m // T2 % T1, T1, K1, REL_STEP, DIM, BLOCK_D, TERMS, PRECISION
+        )
+        terms = terms.to(queries.dtype)
     ROWS: tl.constexpr = BLOCK_N // COLUMNS
     top = tl.full([BLOCK_M], HIDDEN, tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -176,40 +177,38 @@ def na_fwd_kernel(
         if not FULL2:
             seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
         start = tl.where(seen2, 0.0, HIDDEN) + tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        row_tile = start
-        if HAS_REL:
-            exists = (u2 < w2)[None, :] & there[:, None]
-            terms = tl.load(rel + column_terms[:, None] + u2[None, :], mask=exists, other=0.0)
-            start += terms.to(tl.float32) * per_scale
-            row_tile = tl.load(rel + row_terms[:, None] + u2[None, :], mask=exists, other=0.0)
-            row_tile = row_tile.to(tl.float32) * per_scale
+        if HAS_REL:  # all keys of a row are in one step
+            start += per_scale * position_terms(
+                queries, rel + (2 * K1 - 1) * DIM, c2 * T2 % S2, m % T2, T2, K2, REL_STEP, DIM, BLOCK_D, BLOCK_N,
+                PRECISION,
+            )  # fmt: skip
         for i in range(0, tl.cdiv(w0 * w1, ROWS * (1 + PAIRED))):
-            s, lift, shown, _, ky0, ky1, inside = logits(
-                i * (1 + PAIRED), queries, start, k, k_columns, u2, inside2, bias, bias_m, row_tile, pad_k, k_0, k_1,
+            s, shown, _, _, ky0, ky1, inside = logits(
+                i * (1 + PAIRED), queries, start, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1,
                 L0, L1, D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
                 DILATED0, DILATED1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D,
-                PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS,
+                PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS, TERMS,
             )  # fmt: skip
-            new_top = tl.maximum(top, tops(s, lift, shown, ROWS))
+            new_top = tl.maximum(top, tops(s, shown, ROWS))
             if PAIRED:  # two steps share what it costs to move the maximum
-                s_, lift_, shown_, _, ky0_, ky1_, inside_ = logits(
-                    i * 2 + 1, queries, start, k, k_columns, u2, inside2, bias, bias_m, row_tile, pad_k, k_0, k_1,
+                s_, shown_, _, _, ky0_, ky1_, inside_ = logits(
+                    i * 2 + 1, queries, start, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1,
                     L0, L1, D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
                     DILATED0, DILATED1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D,
-                    PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS,
+                    PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS, TERMS,
                 )  # fmt: skip
-                new_top = tl.maximum(new_top, tops(s_, lift_, shown_, ROWS))
+                new_top = tl.maximum(new_top, tops(s_, shown_, ROWS))
             less = new_top * scale_log2
             alpha = tl.exp2(top * scale_log2 - less)
             top = new_top
-            p = weights(s, lift, shown, less, scale_log2, ROWS)
+            p = weights(s, shown, less, scale_log2, ROWS)
             total = total * alpha[:, None] + p
             values = load_box(
                 v, ky0 * v_0 + ky1 * v_1, v_columns, inside, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
             )
             acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
             if PAIRED:
-                p = weights(s_, lift_, shown_, less, scale_log2, ROWS)
+                p = weights(s_, shown_, less, scale_log2, ROWS)
                 total += p
                 values = load_box(
                     v, ky0_ * v_0 + ky1_ * v_1, v_columns, inside_, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
@@ -266,8 +265,9 @@ def shared_constants(
     return {
         **constants, "CLAMPED": windows.clamped, "OUTSIDE": windows.reaches_outside(k[0][1:4]),
         "MASK_OUTSIDE": windows.mask_outside, "REL_STEP": windows.rel_step,
-        "REL_WIDTH": 0 if rel is None else rel[0][-1], "HAS_BIAS": bias is not None, "HAS_EXTRA": extra is not None,
-        "HAS_PAD": pad is not None, "HAS_REL": rel is not None, "DIM": dim, "DIM_V": dim_v,
+        "HAS_BIAS": bias is not None, "HAS_EXTRA": extra is not None,
+        "HAS_PAD": pad is not None, "HAS_REL": rel is not None,
+        "TERMS": 0 if rel is None else room_for_terms(windows), "DIM": dim, "DIM_V": dim_v,
         "BLOCK_D": power_of_2(dim), "BLOCK_DV": power_of_2(dim_v), "PRECISION": precision,
     }  # fmt: skip
 
@@ -310,9 +310,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp (B, *q_grid, heads) float32.
 
-    `bias` is the table of neighborhood attention, `extra_k` and `extra_v` its additional keys; `rel` (B, *q_grid,
-    heads, n) holds the position terms of halo attention: 2 * window - 1 vertical offsets, as many horizontal ones, and
-    anything.
+    `bias` is the table of neighborhood attention, `extra_k` and `extra_v` its additional keys; `rel` (2, 2 * window -
+    1, dim) holds the embeddings of halo attention, vertical offsets first.
     """
     out = torch.empty(q.shape[:-1] + v.shape[-1:], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
@@ -326,7 +325,8 @@ def forward(
         dot_precision(q.dtype),
     )  # fmt: skip
     rows = q if bias is None or table.rows is None else table.rows(bias)
-    launch(q, k, v, rows, *(q if x is None else x for x in optional[1:]), out, lse)
+    eye = q if rel is None else identity(q, room_for_terms(windows))
+    launch(q, k, v, rows, *(q if x is None else x for x in optional[1:]), eye, out, lse)
     return out, lse
 
 

@@ -80,7 +80,7 @@ class Tiling(NamedTuple):
     stages: int
     registers: int | None = None
     """Most per thread, so that more programs run at once."""
-    paired: bool = True
+    paired: bool = False
     """Whether forward takes two steps at a time."""
 
     @property
