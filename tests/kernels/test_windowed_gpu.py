@@ -7,6 +7,7 @@ import visattn_kernels as vk
 from poison import poisoned_memory
 
 import visattn  # noqa: F401
+from visattn.layers import HaloAttention, NeighborhoodAttention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -190,6 +191,28 @@ def test_training_step_in_mixed_precision(name, compiled):
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["neighborhood", "halo"])
+def test_gradients_of_packed_maps_are_not_copied(name):
+    """Those of queries, keys and values are the gradient of their projection's output, where it lies."""
+    torch.manual_seed(0)
+    if name == "halo":
+        layer = HaloAttention(64, num_heads=4).cuda()
+        x = torch.randn(2, 64, 32, 24, device="cuda").contiguous(memory_format=torch.channels_last)
+    else:
+        layer = NeighborhoodAttention(64, 2, 7, rel_pos_bias=True).cuda()
+        x = torch.randn(2, 32, 24, 64, device="cuda")
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    for _ in range(2):  # the first one compiles
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = layer(x)
+        with torch.profiler.profile(activities=activities) as profiler:
+            out.float().square().sum().backward()
+            torch.cuda.synchronize()
+    names = {event.name for event in profiler.events()}
+    assert any("na_bwd_dkv_kernel" in name for name in names)
+    assert not {"aten::cat", "aten::stack"} & names
 
 
 @pytest.mark.parametrize("name", ["nat_m", "davit_t", "halonet_26t"])

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import make_divisible, register_notrace_function, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
-from visattn_kernels import halo_attention
+from visattn_kernels import halo_attention, split_packed
 
 register_notrace_function(halo_attention)
+register_notrace_function(split_packed)
 
 REL_POS = ("sum", "split")
 REL_OFFSETS = ("index", "pixel")
@@ -188,7 +189,7 @@ class HaloAttention(nn.Module):
         q = q.reshape(B, heads, dim, q.shape[2], q.shape[3]).permute(0, 3, 4, 1, 2)
         # Every head owns its keys, then its values.
         kv = kv.reshape(B, heads, dim + self.value_dim, kv.shape[2], kv.shape[3]).permute(0, 3, 4, 1, 2)
-        k, v = kv.split([dim, self.value_dim], dim=-1)
+        k, v = split_packed(kv, [dim, self.value_dim])
         height_rel, width_rel = self.height_rel, self.width_rel
         if self.scale_pos_embed:
             height_rel, width_rel = self.scale * height_rel, self.scale * width_rel

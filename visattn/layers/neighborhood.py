@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
-from visattn_kernels import neighborhood_attention
+from visattn_kernels import neighborhood_attention, split_packed
 from visattn_kernels.backend import any_size
 
 from .channels_last import MapLinear
 
 register_notrace_function(neighborhood_attention)
+register_notrace_function(split_packed)
 
 
 @register_notrace_function
@@ -158,8 +159,8 @@ class NeighborhoodAttention(nn.Module):
         return self.kernel_size, self.rel_pos_bias
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim])
-        q, k, v = qkv.unbind(-3)
+        heads = self.num_heads
+        q, k, v = split_packed(self.qkv(x).unflatten(-1, [3 * heads, self.head_dim]), [heads, heads, heads], dim=-2)
         pads: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.pad:
             pads = outside_tokens(x, self.qkv.bias, self.num_heads, self.kernel_size, self.dilation)

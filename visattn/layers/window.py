@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
-from visattn_kernels import window_attention
+from visattn_kernels import split_packed, window_attention
 from visattn_kernels.backend import any_size
 
 from .channels_last import MapLinear
 
+register_notrace_function(split_packed)
 register_notrace_function(window_attention)
 
 
@@ -81,7 +82,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
         heads = self.num_heads
-        q, k, v = self.qkv(x).reshape(B, H, W, 3, heads, C // heads).unbind(3)
+        q, k, v = split_packed(self.qkv(x).reshape(B, H, W, 3 * heads, C // heads), [heads, heads, heads], dim=-2)
         pads = outside_tokens(x, self.qkv.bias, heads, self.window_size)
         out = window_attention(q, k, v, self.window_size, pads[0], pads[1])
         return self.proj(out.reshape(B, H, W, C))

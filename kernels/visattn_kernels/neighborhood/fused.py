@@ -57,7 +57,7 @@ def _backward_into(maps, args):  # type: ignore[no-untyped-def]
     from .triton_bwd import backward
 
     given = _GIVEN + 4
-    return backward(maps, *args[:given], _windows(*args[given:-1]), args[-1])
+    return backward(*(maps, *args[:given], _windows(*args[given:-1]), args[-1]))
 
 
 def _backward(*args):  # type: ignore[no-untyped-def]
