@@ -19,6 +19,7 @@ from .triton_geometry import (
     rows_seen,
     window_of,
 )
+from .triton_position import EYE_OFF
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
@@ -113,8 +114,8 @@ def na_bwd_dkv_kernel(
             seen = (u0 >= 0) & (u0 < K0) & (u1 >= 0) & (u1 < K1) & (u2 >= 0) & (u2 < K2)
             if HAS_REL:  # terms of no key hide those that the block does not see, if there are such terms
                 e = tl.arange(0, TERMS)[None, :]
-                pick1 = tl.load(eye + (tl.where(seen, u1, TERMS - 1) * TERMS)[:, None] + e)
-                pick2 = tl.load(eye + (tl.where(seen, u2, TERMS - 1) * TERMS)[:, None] + e)
+                pick1 = tl.load(eye + EYE_OFF + (tl.where(seen, u1, TERMS - 1) * TERMS)[:, None] + e)
+                pick2 = tl.load(eye + EYE_OFF + (tl.where(seen, u2, TERMS - 1) * TERMS)[:, None] + e)
         for part in range(0, tl.cdiv(columns, COLUMNS)):
             m2 = part * COLUMNS + tl.arange(0, BLOCK_M) % COLUMNS
             p2 = q2 + tl.minimum(m2, columns - 1)

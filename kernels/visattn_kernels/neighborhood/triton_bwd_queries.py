@@ -148,7 +148,7 @@ def na_bwd_dq_kernel(
             ds = p * tl.dot(grads, tl.trans(values), none - row_delta[:, None], input_precision=PRECISION)
             if HAS_BIAS:
                 t0, t1, _ = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
-                slots = slot_m[:, None] + ((t0 * K1 + t1) * K2 + t2)[None, :]
+                slots = slot_m[:, None] + ((t0 * K1 + t1) * K2 + start2 + u2)[None, :]
                 if ROWS == 1 and not (FULL0 and FULL1):
                     shown = shown[:, None]
                 tl.store(pairs + slots, ds.to(pairs.dtype.element_ty), mask=shown & seen2 & there[:, None])

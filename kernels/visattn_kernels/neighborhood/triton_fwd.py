@@ -27,7 +27,7 @@ from .triton_geometry import (
     rows_of_box,
     rows_seen,
 )
-from .triton_position import identity, position_terms, room_for_terms
+from .triton_position import EYE_OFF, identity, position_terms, room_for_terms
 from .triton_tiling import Windows, query_tiling
 
 
@@ -62,7 +62,7 @@ def logits(
     s = tl.dot(queries, tl.trans(keys), start, input_precision=PRECISION)
     pick = keys
     if HAS_REL:  # the row's term, by the row of the identity that picks it
-        pick = tl.load(eye + i * TERMS + (u2 * 0)[:, None] + tl.arange(0, TERMS)[None, :])
+        pick = tl.load(eye + EYE_OFF + i * TERMS + (u2 * 0)[:, None] + tl.arange(0, TERMS)[None, :])
         s = tl.dot(terms, tl.trans(pick), s, input_precision=PRECISION)
     shown = rows_seen(
         across(shown, ROWS), across(t0, ROWS), across(t1, ROWS), down(first0, ROWS), down(stop0, ROWS),
@@ -198,7 +198,8 @@ def na_fwd_kernel(
                     PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS, TERMS,
                 )  # fmt: skip
                 new_top = tl.maximum(new_top, tops(s_, shown_, ROWS))
-            less = new_top * scale_log2
+            # Where nothing is visible yet this is no logit's, so that rounding cannot make something of hidden keys.
+            less = tl.maximum(new_top * scale_log2, -1e20)
             alpha = tl.exp2(top * scale_log2 - less)
             top = new_top
             p = weights(s, shown, less, scale_log2, ROWS)

@@ -13,6 +13,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +22,9 @@ from ..triton_support import Launch, dot_precision, meta
 from ..triton_tiles import power_of_2
 from .triton_tiling import Windows
 
+EYE_OFF = tl.constexpr(4)
+"""Where the identity matrix starts, in elements: not at a multiple of 16 bytes, so that its rows, which all programs
+want, come through the L1 cache (see ``triton_bias``)."""
 MOST_BYTES = 1 << 26
 """Position terms, and their gradients, in memory at a time; more images than these hold take several turns."""
 
@@ -120,11 +124,11 @@ _identities: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
 
 def identity(like: Tensor, n: int) -> Tensor:
-    """The identity matrix (n, n) in dtype and on the device of `like`."""
+    """The identity matrix (n, n) in dtype and on the device of `like`, from element `EYE_OFF` on."""
     key = (like.device, like.dtype, n)
     eye = _identities.get(key)
     if eye is None:
-        eye = torch.eye(n, dtype=like.dtype, device=like.device)
+        eye = F.pad(torch.eye(n, dtype=like.dtype, device=like.device).flatten(), (EYE_OFF.value, 0))
         if not like.is_cuda:
             _identities[key] = eye
         elif not torch.cuda.is_current_stream_capturing():  # what a graph makes is there while the graph runs

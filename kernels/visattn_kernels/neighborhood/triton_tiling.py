@@ -124,8 +124,17 @@ class Steps(NamedTuple):
 
 
 def _steps(widths: tuple[int, ...], most: int) -> Steps:
-    """Steps of up to `most` tokens over boxes of these widths: whole rows, rounded up to a power of 2."""
-    columns = min(64, next_power_of_2(widths[2]))
+    """Steps of up to `most` tokens over boxes of these widths: parts of rows where whole ones would be rounded up to
+    many more tokens. A further part is as dear as 16 tokens."""
+
+    def cost(steps: Steps) -> int:
+        return steps.tokens(widths) + 16 * math.ceil(widths[2] / steps.columns)
+
+    return min((_step_of(widths, most, columns) for columns in (64, 32, 16, 8, 4)), key=cost)
+
+
+def _step_of(widths: tuple[int, ...], most: int, columns: int) -> Steps:
+    columns = min(columns, next_power_of_2(widths[2]))
     rows = next_power_of_2(widths[0] * widths[1])
     return Steps(max(16, columns, min(most, rows * columns)), columns)
 
@@ -194,12 +203,7 @@ def query_tiling(
     wide, exact = dim > 64, itemsize == 4
     large = math.prod(windows.kernel_size) >= 256
     # Windows that many queries share, and wide heads, fill large tiles; others are best met by one warp.
-    if exact or rel:
-        most = 32
-    elif wide:
-        most = 128 if large else 64
-    else:
-        most = 64 if shared else 32
+    most = 64 if not exact and not rel and (wide or shared) else 32
     options = [
         [
             _cut_queries(size, n, max(keys[a], windows.kernel_size[a]), windows, a)
@@ -208,20 +212,20 @@ def query_tiling(
         ]
         for a, n in enumerate(groups)
     ]
-    cuts, steps, met = _least_work(options, most, 16 if exact else 64 if wide else 32)
+    cuts, steps, met = _least_work(options, most, 16 if exact else 64 if wide and not large else 32)
     if rel:
         row = max(16, next_power_of_2(windows.kernel_size[2]))
         return _tiling(q_grid, groups, windows, cuts, Steps(row, row), 1, 2 if backward else 3)
     if exact:
         return _tiling(q_grid, groups, windows, cuts, steps, 2, 2)
     if wide:
-        return _tiling(q_grid, groups, windows, cuts, steps, 8 if large else 4, 2)
+        return _tiling(q_grid, groups, windows, cuts, steps, 4, 3 if large else 2)
     short = _steps(tuple(max(cut.widths) for cut in cuts), 16)
     if backward and dim <= 32 and windows.clamped:
         return _tiling(q_grid, groups, windows, cuts, short, 1, 3, 168 if shared or bias else 128)
     if backward:
         return _tiling(q_grid, groups, windows, cuts, steps, 4 if shared else 1, 2)
-    if met < 256 and dim <= 32:
+    if dim <= 32:
         steps = short
     registers = None
     if dim <= 32 and windows.clamped:
@@ -244,14 +248,16 @@ def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
 def key_tiling(grid: Triple, windows: Windows, dim: int, itemsize: int, padded: bool, rel: bool = False) -> Tiling:
     """Boxes of keys with the least work. With `padded` they cover the keys outside the map too."""
     wide, exact = dim > 64, itemsize == 4
-    most, step, warps = (64, 32, 8) if wide and not exact else (32, 16 if exact else 32, 2 if exact else 1)
+    large = math.prod(windows.kernel_size) >= 256
+    most, step, warps = (64, 32, 4) if wide and not exact else (32, 16 if exact else 32, 2 if exact else 1)
     if windows.clamped:
         groups = [math.ceil(n / d) for n, d in zip(grid, windows.dilation)]
         if padded:
             groups = [max(n, k) for n, k in zip(groups, windows.kernel_size)]
         options = [[_cut_keys(size, n, windows, a) for size in _sizes(n, 1, most)] for a, n in enumerate(groups)]
         cuts, steps, met = _least_work(options, most, step)
-        return _tiling(grid, groups, windows, cuts, steps, warps, 3 if met < 256 and dim <= 32 else 2)
+        deep = (wide and large) or (met < 256 and dim <= 32)
+        return _tiling(grid, groups, windows, cuts, steps, warps, 3 if deep and not exact else 2)
     if rel and not wide and not exact:
         most, step, warps = (64, 32, 1) if dim <= 32 else (64, 64, 4)
     # From the start of one window to that of the next, so that few windows share a box; halved until it fits.
