@@ -83,9 +83,9 @@ def split_packed(x: Tensor, sizes: list[int], dim: int = -1) -> list[Tensor]:
 
 def gradients_like(*maps: Tensor) -> list[Tensor]:
     """Room for the gradients of maps (B, *map, heads, dim): contiguous, or side by side where all of them, or all but
-    the first, are the parts of a packed map."""
+    the first, are the parts of a packed map in any order."""
     for first in range(len(maps) - 1):
-        parts = maps[first:]
+        parts = sorted(maps[first:], key=Tensor.data_ptr)
         start, size = parts[0].data_ptr(), parts[0].element_size()
         offsets = tuple((x.data_ptr() - start) // size for x in parts)
         if not 0 < offsets[-1] < parts[-1].stride(-3):
@@ -94,12 +94,13 @@ def gradients_like(*maps: Tensor) -> list[Tensor]:
         if strides is None or any(offset * size % ALIGNMENT for offset in offsets):
             continue
         packed = torch.empty(sum(x.numel() for x in parts), dtype=parts[0].dtype, device=parts[0].device)
-        views = [packed.as_strided(x.shape, *where) for x, where in zip(parts, zip(strides, offsets))]
-        return [*map(_contiguous_like, maps[:first]), *views]
-    return [*map(_contiguous_like, maps)]
+        views = {id(x): packed.as_strided(x.shape, s, o) for x, s, o in zip(parts, strides, offsets)}
+        return [*map(contiguous_like, maps[:first]), *(views[id(x)] for x in maps[first:])]
+    return [*map(contiguous_like, maps)]
 
 
-def _contiguous_like(x: Tensor) -> Tensor:
+def contiguous_like(x: Tensor) -> Tensor:
+    """Room for a contiguous tensor of this shape."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 

@@ -17,6 +17,8 @@ NEIGHBORHOODS = {  # B, heads, dim, map, settings
     "dilated": (4, 2, 32, (57, 61), {"kernel_size": 7, "dilation": 8}),
     "blocks": (4, 2, 32, (50, 46), {"kernel_size": 8, "stride": (4, 8)}),
     "large windows": (1, 4, 64, (64, 70), {"kernel_size": 13}),
+    "a scale": (1, 2, 32, (30, 34), {"kernel_size": 13, "scale": 0.3}),  # hidden keys round up or down with it
+    "another scale": (1, 2, 32, (30, 34), {"kernel_size": 11, "dilation": 2, "scale": 0.11}),
     "wide heads": (1, 2, 128, (48, 64), {"kernel_size": 33}),
     "odd heads": (2, 2, 48, (30, 44), {"kernel_size": (5, 6)}),
     "video": (1, 2, 64, (6, 20, 22), {"kernel_size": (3, 5, 5), "is_causal": (True, False, False)}),

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
-from visattn_kernels import channel_group_attention
+from visattn_kernels import channel_group_attention, split_packed
 
 from .channels_last import MapLinear
 
 register_notrace_function(channel_group_attention)
+register_notrace_function(split_packed)
 
 
 class ChannelGroupAttention(nn.Module):
@@ -52,7 +53,9 @@ class ChannelGroupAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
-        first, second, third = self.qkv(x).reshape(B, H, W, 3, self.num_groups, C // self.num_groups).unbind(3)
+        groups = self.num_groups
+        qkv = self.qkv(x).reshape(B, H, W, 3 * groups, C // groups)
+        first, second, third = split_packed(qkv, [groups, groups, groups], dim=-2)
         if self.v2:
             out = channel_group_attention(first, second, third, (H * W) ** -0.5)
         else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..packed import contiguous_like, gradients_like
 from ..triton_support import direct
 
 torch.library.define(
@@ -33,11 +34,20 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .triton_bwd import backward
 
-    return backward(grad_out, q, k, v, logits, scale)
+    return backward(gradients_like(q, k, v), grad_out, q, k, v, logits, scale)
+
+
+def _registered_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, logits: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the operator's fake kernel says: contiguous tensors."""
+    from .triton_bwd import backward
+
+    return backward([contiguous_like(x) for x in (q, k, v)], grad_out, q, k, v, logits, scale)
 
 
 torch.library.impl("visattn::channel_group_fwd", "CompositeExplicitAutograd", _forward)
-torch.library.impl("visattn::channel_group_bwd", "CompositeExplicitAutograd", _backward)
+torch.library.impl("visattn::channel_group_bwd", "CompositeExplicitAutograd", _registered_backward)
 
 
 @torch.library.register_fake("visattn::channel_group_fwd")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..packed import gradients_like
+from ..packed import contiguous_like, gradients_like
 from ..triton_support import direct, why_not_heads
 from .ops import visible_pairs
 
@@ -66,8 +66,8 @@ def _backward(*args):  # type: ignore[no-untyped-def]
 
 def _registered_backward(*args):  # type: ignore[no-untyped-def]
     """As the operator's fake kernel says: contiguous tensors, an empty one for each gradient of what was not given."""
-    maps = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in args[2:5]]
-    return tuple(args[2].new_empty(0) if x is None else x for x in _backward_into(maps, args))
+    results = _backward_into([contiguous_like(x) for x in args[2:5]], args)
+    return tuple(args[2].new_empty(0) if x is None else x for x in results)
 
 
 torch.library.impl("visattn::windowed_fwd", "CompositeExplicitAutograd", _forward)

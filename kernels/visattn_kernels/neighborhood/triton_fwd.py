@@ -74,15 +74,6 @@ def logits(
 
 
 @triton.jit
-def tops(s, shown, ROWS: tl.constexpr):
-    """Largest logit of a step per query."""
-    top = tl.max(s, 1)
-    if ROWS == 1:
-        top = tl.where(shown, top, HIDDEN)
-    return top
-
-
-@triton.jit
 def weights(s, shown, less, scale_log2, ROWS: tl.constexpr):
     """Exponentials of the logits of a step less `less`, which is in units of the exponent."""
     if ROWS == 1:
@@ -108,7 +99,7 @@ def na_fwd_kernel(
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, PAIRED: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
+    COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)  # heads vary fastest: they share cache lines
     head = pid % heads
@@ -182,22 +173,17 @@ def na_fwd_kernel(
                 queries, rel + (2 * K1 - 1) * DIM, c2 * T2 % S2, m % T2, T2, K2, REL_STEP, DIM, BLOCK_D, BLOCK_N,
                 PRECISION,
             )  # fmt: skip
-        for i in range(0, tl.cdiv(w0 * w1, ROWS * (1 + PAIRED))):
-            s, shown, _, _, ky0, ky1, inside = logits(
-                i * (1 + PAIRED), queries, start, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1,
-                L0, L1, D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
-                DILATED0, DILATED1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D,
-                PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS, TERMS,
+        for i in range(0, tl.cdiv(w0 * w1, ROWS)):
+            s, shown, _keys, _pick, ky0, ky1, inside = logits(
+                i, queries, start, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1, L0, L1, D0, D1,
+                g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1, DILATED0, DILATED1, K1, CLAMPED, OUTSIDE,
+                MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS,
+                COLUMNS, TERMS,
             )  # fmt: skip
-            new_top = tl.maximum(top, tops(s, shown, ROWS))
-            if PAIRED:  # two steps share what it costs to move the maximum
-                s_, shown_, _, _, ky0_, ky1_, inside_ = logits(
-                    i * 2 + 1, queries, start, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1,
-                    L0, L1, D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
-                    DILATED0, DILATED1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D,
-                    PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS, TERMS,
-                )  # fmt: skip
-                new_top = tl.maximum(new_top, tops(s_, shown_, ROWS))
+            highest = tl.max(s, 1)
+            if ROWS == 1:
+                highest = tl.where(shown, highest, HIDDEN)
+            new_top = tl.maximum(top, highest)
             # Where nothing is visible yet this is no logit's, so that rounding cannot make something of hidden keys.
             less = tl.maximum(new_top * scale_log2, -1e20)
             alpha = tl.exp2(top * scale_log2 - less)
@@ -208,13 +194,6 @@ def na_fwd_kernel(
                 v, ky0 * v_0 + ky1 * v_1, v_columns, inside, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
             )
             acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
-            if PAIRED:
-                p = weights(s_, shown_, less, scale_log2, ROWS)
-                total += p
-                values = load_box(
-                    v, ky0_ * v_0 + ky1_ * v_1, v_columns, inside_, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
-                )
-                acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
     sums = tl.sum(total, 1)
     if HAS_EXTRA:
         kv_row = (b * (heads // group) + kv_head) * extra
@@ -291,7 +270,7 @@ def plan(
     constants = shared_constants(windows, q, k, v, precision, bias, extra, pad, rel)
     launch = Launch(
         na_fwd_kernel, B * way.programs * heads, scalars,
-        constants | way.constants() | {"PAIRED": way.paired} | table.constants, way.warps, way.stages, way.registers,
+        constants | way.constants() | table.constants, way.warps, way.stages, way.registers,
     )  # fmt: skip
     return launch, table
 

@@ -80,8 +80,6 @@ class Tiling(NamedTuple):
     stages: int
     registers: int | None = None
     """Most per thread, so that more programs run at once."""
-    paired: bool = False
-    """Whether forward takes two steps at a time."""
 
     @property
     def programs(self) -> int:
@@ -117,20 +115,20 @@ class Steps(NamedTuple):
     step: int
     columns: int
 
-    def tokens(self, widths: tuple[int, ...]) -> int:
-        """Tokens of all steps over a box, those counted that fill steps."""
-        rows = math.ceil(widths[0] * widths[1] / (self.step // self.columns))
-        return rows * self.step * math.ceil(widths[2] / self.columns)
+    def work(self, widths: tuple[int, ...]) -> int:
+        """Tokens of all steps over a box, those counted that fill steps; a part of its rows costs as much as 16."""
+        rows, parts = (
+            math.ceil(widths[0] * widths[1] / (self.step // self.columns)),
+            math.ceil(widths[2] / self.columns),
+        )
+        return parts * (rows * self.step + 16)
 
 
 def _steps(widths: tuple[int, ...], most: int) -> Steps:
-    """Steps of up to `most` tokens over boxes of these widths: parts of rows where whole ones would be rounded up to
-    many more tokens. A further part is as dear as 16 tokens."""
-
-    def cost(steps: Steps) -> int:
-        return steps.tokens(widths) + 16 * math.ceil(widths[2] / steps.columns)
-
-    return min((_step_of(widths, most, columns) for columns in (64, 32, 16, 8, 4)), key=cost)
+    """Steps of up to `most` tokens over boxes of these widths, with the least work: parts of rows where whole ones
+    would be rounded up to many more tokens."""
+    options = [_step_of(widths, most, columns) for columns in (64, 32, 16, 8, 4)]
+    return min(options, key=lambda steps: steps.work(widths))
 
 
 def _step_of(widths: tuple[int, ...], most: int, columns: int) -> Steps:
@@ -139,23 +137,23 @@ def _step_of(widths: tuple[int, ...], most: int, columns: int) -> Steps:
     return Steps(max(16, columns, min(most, rows * columns)), columns)
 
 
-def _least_work(options: list[list[Cut]], most: int, step: int) -> tuple[tuple[Cut, ...], Steps, int]:
-    """The cuts of all axes with the least work, the steps over the boxes that they meet, and the most tokens of one.
+def _least_work(options: list[list[Cut]], most: int, step: int) -> tuple[tuple[Cut, ...], Steps, Triple]:
+    """The cuts of all axes with the least work, the steps over the boxes that they meet, and the widest box.
 
     Work is the products of full tiles, loads (one is as dear as 32 products) and what a program costs besides.
     """
-    best: tuple[float, tuple[Cut, ...], Steps, int] | None = None
+    best: tuple[float, tuple[Cut, ...], Steps, Triple] | None = None
     for cuts in itertools.product(*options):
         tokens = math.prod(cut.size for cut in cuts)
         if tokens > most:
             continue
-        largest = tuple(max(cut.widths) for cut in cuts)
-        steps, work = _steps(largest, step), 0.0
+        a, b, c = (max(cut.widths) for cut in cuts)
+        steps, work = _steps((a, b, c), step), 0.0
         for widths in itertools.product(*(cut.widths.items() for cut in cuts)):
             times, met = math.prod(n for _, n in widths), tuple(w for w, _ in widths)
-            work += times * (power_of_2(tokens) * steps.tokens(met) + 32 * math.prod(met) + 1024)
+            work += times * (power_of_2(tokens) * steps.work(met) + 32 * math.prod(met) + 1024)
         if best is None or work < best[0]:
-            best = work, cuts, steps, steps.tokens(largest)
+            best = work, cuts, steps, (a, b, c)
     assert best is not None
     return best[1], best[2], best[3]
 
@@ -212,25 +210,25 @@ def query_tiling(
         ]
         for a, n in enumerate(groups)
     ]
-    cuts, steps, met = _least_work(options, most, 16 if exact else 64 if wide and not large else 32)
+    cuts, steps, widest = _least_work(options, most, 16 if exact else 64 if wide and not large else 32)
     if rel:
-        row = max(16, next_power_of_2(windows.kernel_size[2]))
-        return _tiling(q_grid, groups, windows, cuts, Steps(row, row), 1, 2 if backward else 3)
+        row = power_of_2(windows.kernel_size[2])
+        return _tiling(q_grid, groups, windows, cuts, Steps(row, row), 1, 3, 168 if dim <= 32 and not exact else None)
     if exact:
         return _tiling(q_grid, groups, windows, cuts, steps, 2, 2)
     if wide:
         return _tiling(q_grid, groups, windows, cuts, steps, 4, 3 if large else 2)
-    short = _steps(tuple(max(cut.widths) for cut in cuts), 16)
+    short = _steps(widest, 16)
     if backward and dim <= 32 and windows.clamped:
-        return _tiling(q_grid, groups, windows, cuts, short, 1, 3, 168 if shared or bias else 128)
+        return _tiling(
+            q_grid, groups, windows, cuts, short, 2 if shared and bias else 1, 3, 168 if shared or bias else 128
+        )
     if backward:
         return _tiling(q_grid, groups, windows, cuts, steps, 4 if shared else 1, 2)
-    if dim <= 32:
-        steps = short
-    registers = None
-    if dim <= 32 and windows.clamped:
-        registers = 168 if bias and met >= 256 else 128
-    return _tiling(q_grid, groups, windows, cuts, steps, 2 if shared else 1, 3, registers)
+    if dim > 32:
+        return _tiling(q_grid, groups, windows, cuts, steps, 2 if shared else 1, 3)
+    registers = 168 if bias and math.prod(widest) >= 256 else 128
+    return _tiling(q_grid, groups, windows, cuts, short, 2 if shared else 1, 4, registers if windows.clamped else None)
 
 
 def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
@@ -247,19 +245,20 @@ def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
 @functools.lru_cache(4096)
 def key_tiling(grid: Triple, windows: Windows, dim: int, itemsize: int, padded: bool, rel: bool = False) -> Tiling:
     """Boxes of keys with the least work. With `padded` they cover the keys outside the map too."""
-    wide, exact = dim > 64, itemsize == 4
-    large = math.prod(windows.kernel_size) >= 256
-    most, step, warps = (64, 32, 4) if wide and not exact else (32, 16 if exact else 32, 2 if exact else 1)
+    wide, exact = dim > 64 and itemsize < 4, itemsize == 4
+    most, step, warps = (64, 32, 4) if wide else (32, 16, 2 if exact else 1)
     if windows.clamped:
         groups = [math.ceil(n / d) for n, d in zip(grid, windows.dilation)]
         if padded:
             groups = [max(n, k) for n, k in zip(groups, windows.kernel_size)]
         options = [[_cut_keys(size, n, windows, a) for size in _sizes(n, 1, most)] for a, n in enumerate(groups)]
-        cuts, steps, met = _least_work(options, most, step)
-        deep = (wide and large) or (met < 256 and dim <= 32)
-        return _tiling(grid, groups, windows, cuts, steps, warps, 3 if deep and not exact else 2)
-    if rel and not wide and not exact:
-        most, step, warps = (64, 32, 1) if dim <= 32 else (64, 64, 4)
+        cuts, steps, _ = _least_work(options, most, step)
+        if dim <= 32 and not exact:
+            return _tiling(grid, groups, windows, cuts, steps, warps, 3, 168)
+        large = math.prod(windows.kernel_size) >= 256
+        return _tiling(grid, groups, windows, cuts, steps, warps, 3 if wide and large else 2)
+    if rel and not exact:
+        most, step, warps = 64, 32, 1 if dim <= 16 else 2
     # From the start of one window to that of the next, so that few windows share a box; halved until it fits.
     box = list(windows.step)
     while math.prod(box) > most:
@@ -268,7 +267,7 @@ def key_tiling(grid: Triple, windows: Windows, dim: int, itemsize: int, padded: 
     groups = [(math.ceil(n / s) * s if padded else n) + o for n, s, o in zip(grid, windows.step, windows.offset)]
     cuts = tuple(Cut(size, {n: 1}, True) for size, n in zip(box, windows.stride))
     steps = _steps(windows.stride, step if rel else 16)
-    return _tiling((grid[0], 1, 1), groups, windows, cuts, steps, warps, 1 if rel else 3)
+    return _tiling((grid[0], 1, 1), groups, windows, cuts, steps, warps, 2 if rel else 3)
 
 
 def _cut_keys(size: int, n: int, windows: Windows, a: int) -> Cut:
