@@ -49,6 +49,24 @@ def test_triton_equals_the_reference(shape, add):
         torch.testing.assert_close(a.double() / scale, e / scale, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_of_both_results_meet_in_the_kernel():
+    """Without a branch: `x` itself, whose gradient is summed in backward."""
+    x, _, weight, bias = arguments((5, 4, 20), torch.float32, DEVICE)
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [y.clone().requires_grad_() for y in (x, weight, bias)]
+        same, normed = vk.add_layer_norm(leaves[0], None, *leaves[1:], backend=backend)
+        assert torch.equal(same, x)
+        (same.sin() * normed).sum().backward()
+        results.append([normed.detach(), *(y.grad for y in leaves)])
+        with torch.no_grad():
+            kept = vk.add_layer_norm(x, None, weight, bias, backend=backend)
+            assert kept[0] is x
+            assert torch.equal(kept[1], normed)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_error_in_half_precision():
     inputs = [x.half().float() for x in arguments((40, 48), torch.float32, DEVICE)]
     exact = gradients(inputs, "reference", torch.float64, True)

@@ -24,8 +24,11 @@ class MapNorm(LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """``x + branch`` and its norm, read and written once. Index the pair: a traced one cannot be unpacked."""
+    def add(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``x + branch`` and its norm, read and written once; the gradients of `x` are, too, also without a branch.
+
+        Index the pair: a traced one cannot be unpacked.
+        """
         return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
 

@@ -141,7 +141,8 @@ class NATBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        both = self.norm2.add(x, self.drop_path(self.ls1(self.attn(self.norm1(x)))))
+        same = self.norm1.add(x, None)
+        both = self.norm2.add(same[0], self.drop_path(self.ls1(self.attn(same[1]))))
         return both[0] + self.drop_path(self.ls2(self.mlp(both[1])))
 
 

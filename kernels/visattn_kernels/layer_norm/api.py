@@ -61,20 +61,21 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, backe
 
 
 def add_layer_norm(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, backend: str | None = None
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-6, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """A residual sum and its layer norm.
 
     Args:
         x: Rows (..., C).
-        branch: What is added to them, same shape.
+        branch: What is added to them, same shape. None for nothing: then only backward has a sum, that of the gradients
+            of both results.
         weight: Scale (C,).
         bias: Shift (C,).
         eps: Added to the variance.
         backend: As in :func:`layer_norm`.
 
     Returns:
-        ``x + branch`` and its norm, both (..., C).
+        ``x + branch``, or `x`, and its norm, both (..., C).
 
     Raises:
         ValueError: Shapes that do not fit, or a backend that cannot run; the message names the argument.

@@ -71,15 +71,16 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, weight, bias, eps):  # type: ignore[no-untyped-def]
         total, normed = _fwd(x, branch, weight, bias, eps)
+        total = x if branch is None else total
         ctx.save_for_backward(total, weight)
-        ctx.eps = eps
+        ctx.eps, ctx.adds = eps, branch is not None
         return total, normed
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, grad_normed):  # type: ignore[no-untyped-def]
         dx, parameters = _bwd(grad_normed, grad_total, *ctx.saved_tensors, ctx.eps)
-        return dx, dx, parameters[0], parameters[1], None
+        return dx, dx if ctx.adds else None, parameters[0], parameters[1], None
 
 
 def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -89,8 +90,11 @@ def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Ten
     return _LayerNorm.apply(x, weight, bias, eps)
 
 
-def fused_add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def fused_add_layer_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """The registered operator with a sum before; first-order gradients only."""
     if not torch.is_grad_enabled():
-        return _fwd(x, branch, weight, bias, eps)
+        total, normed = _fwd(x, branch, weight, bias, eps)
+        return x if branch is None else total, normed
     return _AddLayerNorm.apply(x, branch, weight, bias, eps)

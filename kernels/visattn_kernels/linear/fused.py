@@ -21,7 +21,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dtype):  # type: ignore[no-untyped-def]
-        ctx.dtypes = x.dtype, weight.dtype, bias if bias is None else bias.dtype
+        ctx.dtypes = weight.dtype, bias if bias is None else bias.dtype
         x, weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight, bias if bias is None else bias.to(dtype))
@@ -31,11 +31,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        weight_dtype, bias_dtype = ctx.dtypes
         dx = dw = db = None
         grad = grad.reshape(-1, weight.shape[0])
         if needs_x:
-            dx = torch.mm(grad, weight).view(x.shape).to(x_dtype)
+            dx = torch.mm(grad, weight).view(x.shape)  # which autograd casts to the dtype that x came in
         if needs_weight:
             dw = _product(grad.t(), x.reshape(-1, weight.shape[1]), weight_dtype)
         if needs_bias:
