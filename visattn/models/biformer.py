@@ -115,7 +115,8 @@ class BiFormerBlock(nn.Module):
         if self.pos_embed is not None:
             x = self.pos_embed(x, x)
         if self.pre_norm:
-            both = self.norm2.add(x, self.drop_path(self.ls1(self.attn(self.norm1(x)))))
+            same = self.norm1.add(x, None)
+            both = self.norm2.add(same[0], self.drop_path(self.ls1(self.attn(same[1]))))
             return both[0] + self.drop_path(self.ls2(self.mlp(both[1])))
         x = self.norm1(x + self.drop_path(self.ls1(self.attn(x))))
         return self.norm2(x + self.drop_path(self.ls2(self.mlp(x))))

@@ -91,10 +91,11 @@ class DaViTBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.cpe1(x)
-        x = self.cpe2(x + self.drop_path(self.attn(self.norm1(x))))
+        same = self.norm1.add(self.cpe1(x), None)
+        x = self.cpe2(same[0] + self.drop_path(self.attn(same[1])))
         if self.mlp is not None and self.norm2 is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
+            same = self.norm2.add(x, None)
+            x = same[0] + self.drop_path(self.mlp(same[1]))
         return x
 
 
