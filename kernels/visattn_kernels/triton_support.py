@@ -62,7 +62,11 @@ def why_not_heads(*maps: Tensor) -> str | None:
 
 def too_wide(x: Tensor) -> str | None:
     """Whether offsets inside one image of `x` (B, ...) pass 32 bits, as a condition; those of the batch may."""
-    span = sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:]))
+    return too_long(sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:])))
+
+
+def too_long(span: int) -> str | None:
+    """Whether one image of `span` elements passes 32 bits, as a condition."""
     return None if span < _MAX_SPAN else f"one image spans {span} elements, it takes less than 2^31"
 
 

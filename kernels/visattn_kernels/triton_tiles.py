@@ -39,6 +39,16 @@ def load_tokens(base, offset, inside, wanted, pad, dim: tl.constexpr, BLOCK: tl.
         return rows
 
 
+@triton.jit
+def product_from(start, a, b, PRECISION: tl.constexpr):
+    """`start` + a b^T. Tensor cores begin their sums with it at no cost; a sum in float32, one product after another,
+    would lose digits to it."""
+    if a.dtype == tl.float32:
+        return start + tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    else:
+        return tl.dot(a, tl.trans(b), start)
+
+
 def power_of_2(n: int) -> int:
     """Smallest tile that holds `n` tokens or channels; matrix products need at least 16."""
     return max(16, triton.next_power_of_2(n))

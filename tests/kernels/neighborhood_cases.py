@@ -106,7 +106,9 @@ def call(x, geometry, backend=None, scale=0.7, return_lse=True):
 
 def gradients(outputs, leaves):
     """Gradients of a weighted sum of all outputs."""
-    loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)).sum() for x in outputs)
+    loss = sum(
+        (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape)).sum() for x in outputs
+    )
     grads = torch.autograd.grad(loss, leaves, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves)]
 

@@ -9,7 +9,7 @@ from poison import poisoned_memory
 
 pytest.importorskip("triton")
 
-from visattn_kernels.neighborhood import triton_bias
+from visattn_kernels.neighborhood import triton_bias, triton_position
 from visattn_kernels.neighborhood.triton_tiling import Windows, key_tiling, query_tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -211,6 +211,15 @@ def test_halo_equals_the_reference(grid, block, halo, options, share):
     check(
         lambda t, backend: vk.halo_attention(**t, block_size=block, halo_size=halo, backend=backend, **options), x
     )  # fmt: skip
+
+
+def test_halo_some_images_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    x = {name: torch.randn(3, 2, 2, 1, 8, dtype=torch.float64) for name in "qkv"}
+    x |= {name: torch.randn(7, 8, dtype=torch.float64) for name in ("height_rel", "width_rel")}
+    image = 2 * 2 * (16 + 16) * 4  # bytes of its position terms
+    monkeypatch.setattr(triton_position, "MOST_BYTES", 2 * image)
+    check(lambda t, backend: vk.halo_attention(**t, block_size=2, halo_size=1, backend=backend), x)
 
 
 # --- the registered operator, bad input ------------------------------------------------------------------------------

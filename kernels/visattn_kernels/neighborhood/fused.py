@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..packed import contiguous_like, gradients_like
-from ..triton_support import direct, why_not_heads
+from ..triton_support import direct, too_long, why_not_heads
 from .ops import visible_pairs
 
 _TENSORS = "Tensor? bias, Tensor? extra_k, Tensor? extra_v, Tensor? pad_k, Tensor? pad_v, Tensor? rel"
@@ -128,11 +128,12 @@ class _WindowedAttention(torch.autograd.Function):
         return (None, dq, dk, dv, *rest, *(None for _ in ctx.geometry))
 
 
-def why_not_triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    """The first condition that keeps the fused kernels from running, or None."""
+def why_not_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, terms: int = 0) -> str | None:
+    """The first condition that keeps the fused kernels from running, or None; `terms` are those of a query and head."""
     if scale <= 0:
         return f"scale is {scale}, it takes a positive one"
-    return why_not_heads(q, k, v)
+    span = math.prod(q.shape[1:-1]) * max(v.shape[-1], terms)
+    return why_not_heads(q, k, v) or too_long(span)
 
 
 def windowed_attention(*arguments: Any, with_lse: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,7 @@ For clamped windows these are the box of the inverse windows, for free ones they
 import triton
 import triton.language as tl
 
-from ..triton_tiles import load_tokens
+from ..triton_tiles import load_tokens, product_from
 from .triton_bias import kind_of_box
 from .triton_geometry import (
     HIDDEN,
@@ -160,7 +160,7 @@ def na_bwd_dkv_kernel(
                     here = terms + (at * (2 * TERMS))[:, None] + e
                     start = tl.dot(pick1, tl.trans(tl.load(here)), start, input_precision=PRECISION)
                     start = tl.dot(pick2, tl.trans(tl.load(here + TERMS)), start, input_precision=PRECISION)
-                s = tl.dot(rows_k, tl.trans(queries), start, input_precision=PRECISION)
+                s = product_from(start, rows_k, queries, PRECISION)
                 if CLAMPED:
                     first0, stop0 = window_of(p0, n0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED)
                     first1, stop1 = window_of(p1, n1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED)
@@ -171,7 +171,7 @@ def na_bwd_dkv_kernel(
                 p = tl.exp2(s * scale_log2 - row_lse[None, :])
                 if CLAMPED:
                     p = tl.where(shown, p, 0.0)
-                dp = tl.dot(rows_v, tl.trans(grads), none - row_delta[None, :], input_precision=PRECISION)
+                dp = product_from(none - row_delta[None, :], rows_v, grads, PRECISION)
                 acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
                 acc_k = tl.dot((p * dp).to(queries.dtype), queries, acc_k, input_precision=PRECISION)
 

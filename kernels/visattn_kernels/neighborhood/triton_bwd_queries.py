@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..triton_tiles import load_tokens
+from ..triton_tiles import load_tokens, product_from
 from .triton_bias import kind_of_box
 from .triton_fwd import logits, weights
 from .triton_geometry import HIDDEN, axis_of_tile, coordinate, load_box, on_axis, rows_of_box
@@ -145,7 +145,7 @@ def na_bwd_dq_kernel(
                 v, ky0 * v_0 + ky1 * v_1, v_columns, inside, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
             )
             p = weights(s, shown, row_lse, scale_log2, ROWS)
-            ds = p * tl.dot(grads, tl.trans(values), none - row_delta[:, None], input_precision=PRECISION)
+            ds = p * product_from(none - row_delta[:, None], grads, values, PRECISION)
             if HAS_BIAS:
                 t0, t1, _ = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
                 slots = slot_m[:, None] + ((t0 * K1 + t1) * K2 + start2 + u2)[None, :]

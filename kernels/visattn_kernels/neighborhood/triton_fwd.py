@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta, unit_stride
-from ..triton_tiles import LOG2E, load_tokens, power_of_2
+from ..triton_tiles import LOG2E, load_tokens, power_of_2, product_from
 from .triton_bias import BiasRows, bias_rows, kind_of_box
 from .triton_geometry import (
     HIDDEN,
@@ -59,7 +59,7 @@ def logits(
     if HAS_BIAS:
         row_n = (t0 * (2 * K1 - 1) + t1) * ROW_OF_BIAS
         start = tl.load(bias + bias_m[:, None] + (row_n + u2)[None, :]).to(tl.float32)
-    s = tl.dot(queries, tl.trans(keys), start, input_precision=PRECISION)
+    s = product_from(start, queries, keys, PRECISION)
     pick = keys
     if HAS_REL:  # the row's term, by the row of the identity that picks it
         pick = tl.load(eye + EYE_OFF + i * TERMS + (u2 * 0)[:, None] + tl.arange(0, TERMS)[None, :])

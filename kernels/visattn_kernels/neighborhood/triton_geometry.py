@@ -54,7 +54,7 @@ def axis_of_tile(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K
     and where the box of keys starts and how wide it is. Unless `LONG` it has one token, unless `DILATED` one group."""
     if not LONG:
         none = local * 0
-        return 0, none, none, none, none + 1, 0, 1
+        return 0, local, none, none, none + 1, 0, 1
     if DILATED:
         group = c // tiles
         members, n = members_of(group, q_length, dilation), members_of(group, length, dilation)
@@ -178,7 +178,7 @@ def axis_of_keys(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K
     """One axis of tile `c` of keys: its group, size of the group, positions, and the first query or, for free windows,
     the first block of queries that sees it, and how many do. `LONG` and `DILATED` as for tiles of queries."""
     if not LONG:
-        return 0, 1, local * 0, 0, 1
+        return 0, 1, local, 0, 1
     if DILATED:
         group = c // tiles
         members, n = members_of(group, q_length, dilation), members_of(group, length, dilation)

@@ -228,7 +228,10 @@ def query_tiling(
     if dim > 32:
         return _tiling(q_grid, groups, windows, cuts, steps, 2 if shared else 1, 3)
     registers = 168 if bias and math.prod(widest) >= 256 else 128
-    return _tiling(q_grid, groups, windows, cuts, short, 2 if shared else 1, 4, registers if windows.clamped else None)
+    return _tiling(
+        q_grid, groups, windows, cuts, short, 2 if shared else 1, 3 if bias else 4,
+        registers if windows.clamped else None,
+    )  # fmt: skip
 
 
 def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
