@@ -40,13 +40,13 @@ def load_tokens(base, offset, inside, wanted, pad, dim: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def product_from(start, a, b, PRECISION: tl.constexpr):
-    """`start` + a b^T. Tensor cores begin their sums with it at no cost; a sum in float32, one product after another,
-    would lose digits to it."""
+def product_onto(start, a, b, PRECISION: tl.constexpr):
+    """`start` + a b. Tensor cores begin their sums with it at no cost; float32 sums one product after another, so that
+    short sums of their own lose fewer digits."""
     if a.dtype == tl.float32:
-        return start + tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        return start + tl.dot(a, b, input_precision=PRECISION)
     else:
-        return tl.dot(a, tl.trans(b), start)
+        return tl.dot(a, b, start)
 
 
 def power_of_2(n: int) -> int:

@@ -269,6 +269,9 @@ class HaloNet(PyramidBackbone):
         self.stem = HaloNetStem(in_chans, stem_dim, stem_type, act, **dd)
         self.stages = nn.Sequential(*stages)
         self.norm = ConvNormAct(dim, final_dim, 1, act_layer=act, **dd) if final_dim else nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.SiLU):  # its gradient needs its input, which autograd would copy first
+                module.inplace = False
         self.head = ClassifierHead(final_dim or dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.finish(dims)
         self.num_features = final_dim or dim

@@ -123,7 +123,7 @@ def _check_attention(  # type: ignore[no-untyped-def]
         raise ValueError(f"v has shape {tuple(v.shape)}; expected batch, map and heads of k, {tuple(k.shape)}")
     _check_tables(q, block_size + 2 * halo_size, height_rel=height_rel, width_rel=width_rel)
     scale = dim**-0.5 if scale is None else scale
-    terms = 4 * (block_size + 2 * halo_size)  # what the kernels hold of them at most, see triton_position
+    terms = max(32, 4 * (block_size + 2 * halo_size))  # what the kernels hold of them at most, see triton_position
     name = select_backend("halo_attention", backend, lambda: why_not_triton(q, k, v, scale, terms), recompute=False)
     return _BACKENDS[name], scale
 

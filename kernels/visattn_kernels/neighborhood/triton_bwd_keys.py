@@ -6,7 +6,7 @@ For clamped windows these are the box of the inverse windows, for free ones they
 import triton
 import triton.language as tl
 
-from ..triton_tiles import load_tokens, product_from
+from ..triton_tiles import load_tokens, product_onto
 from .triton_bias import kind_of_box
 from .triton_geometry import (
     HIDDEN,
@@ -158,9 +158,9 @@ def na_bwd_dkv_kernel(
                     start = tl.load(laid_out + bias_n[:, None] + (m2 - row_m)[None, :]).to(tl.float32)
                 if HAS_REL:
                     here = terms + (at * (2 * TERMS))[:, None] + e
-                    start = tl.dot(pick1, tl.trans(tl.load(here)), start, input_precision=PRECISION)
-                    start = tl.dot(pick2, tl.trans(tl.load(here + TERMS)), start, input_precision=PRECISION)
-                s = product_from(start, rows_k, queries, PRECISION)
+                    start = product_onto(start, pick1, tl.trans(tl.load(here)), PRECISION)
+                    start = product_onto(start, pick2, tl.trans(tl.load(here + TERMS)), PRECISION)
+                s = product_onto(start, rows_k, tl.trans(queries), PRECISION)
                 if CLAMPED:
                     first0, stop0 = window_of(p0, n0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED)
                     first1, stop1 = window_of(p1, n1, K1, S1, STEP1, OFF1, CAUSAL1, CLAMPED)
@@ -171,9 +171,9 @@ def na_bwd_dkv_kernel(
                 p = tl.exp2(s * scale_log2 - row_lse[None, :])
                 if CLAMPED:
                     p = tl.where(shown, p, 0.0)
-                dp = product_from(none - row_delta[None, :], rows_v, grads, PRECISION)
-                acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
-                acc_k = tl.dot((p * dp).to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+                dp = product_onto(none - row_delta[None, :], rows_v, tl.trans(grads), PRECISION)
+                acc_v = product_onto(acc_v, p.to(grads.dtype), grads, PRECISION)
+                acc_k = product_onto(acc_k, (p * dp).to(queries.dtype), queries, PRECISION)
 
     token = (ky0 * L1 + ky1) * L2 + ky2
     image = b * (L0 * L1 * L2)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..triton_tiles import load_tokens, product_from
+from ..triton_tiles import load_tokens, product_onto
 from .triton_bias import kind_of_box
 from .triton_fwd import logits, weights
 from .triton_geometry import HIDDEN, axis_of_tile, coordinate, load_box, on_axis, rows_of_box
@@ -145,16 +145,16 @@ def na_bwd_dq_kernel(
                 v, ky0 * v_0 + ky1 * v_1, v_columns, inside, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
             )
             p = weights(s, shown, row_lse, scale_log2, ROWS)
-            ds = p * product_from(none - row_delta[:, None], grads, values, PRECISION)
+            ds = p * product_onto(none - row_delta[:, None], grads, tl.trans(values), PRECISION)
             if HAS_BIAS:
                 t0, t1, _ = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
                 slots = slot_m[:, None] + ((t0 * K1 + t1) * K2 + start2 + u2)[None, :]
                 if ROWS == 1 and not (FULL0 and FULL1):
                     shown = shown[:, None]
                 tl.store(pairs + slots, ds.to(pairs.dtype.element_ty), mask=shown & seen2 & there[:, None])
-            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+            acc = product_onto(acc, ds.to(keys.dtype), keys, PRECISION)
             if HAS_REL:
-                acc_row = tl.dot(ds.to(pick.dtype), pick, acc_row, input_precision=PRECISION)
+                acc_row = product_onto(acc_row, ds.to(pick.dtype), pick, PRECISION)
                 acc_column += ds
         if HAS_REL:
             tl.store(dterms + side_by_side, acc_row.to(dterms.dtype.element_ty), mask=there[:, None])

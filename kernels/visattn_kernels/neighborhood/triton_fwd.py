@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta, unit_stride
-from ..triton_tiles import LOG2E, load_tokens, power_of_2, product_from
+from ..triton_tiles import LOG2E, load_tokens, power_of_2, product_onto
 from .triton_bias import BiasRows, bias_rows, kind_of_box
 from .triton_geometry import (
     HIDDEN,
@@ -59,11 +59,11 @@ def logits(
     if HAS_BIAS:
         row_n = (t0 * (2 * K1 - 1) + t1) * ROW_OF_BIAS
         start = tl.load(bias + bias_m[:, None] + (row_n + u2)[None, :]).to(tl.float32)
-    s = product_from(start, queries, keys, PRECISION)
+    s = product_onto(start, queries, tl.trans(keys), PRECISION)
     pick = keys
     if HAS_REL:  # the row's term, by the row of the identity that picks it
         pick = tl.load(eye + EYE_OFF + i * TERMS + (u2 * 0)[:, None] + tl.arange(0, TERMS)[None, :])
-        s = tl.dot(terms, tl.trans(pick), s, input_precision=PRECISION)
+        s = product_onto(s, terms, tl.trans(pick), PRECISION)
     shown = rows_seen(
         across(shown, ROWS), across(t0, ROWS), across(t1, ROWS), down(first0, ROWS), down(stop0, ROWS),
         down(first1, ROWS), down(stop1, ROWS), FULL0, FULL1,
@@ -193,7 +193,7 @@ def na_fwd_kernel(
             values = load_box(
                 v, ky0 * v_0 + ky1 * v_1, v_columns, inside, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
             )
-            acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+            acc = product_onto(acc * alpha[:, None], p.to(values.dtype), values, PRECISION)
     sums = tl.sum(total, 1)
     if HAS_EXTRA:
         kv_row = (b * (heads // group) + kv_head) * extra
@@ -207,7 +207,7 @@ def na_fwd_kernel(
             alpha = tl.exp2((top - new_top) * scale_log2)
             sums = sums * alpha + tl.sum(p, 1)
             values = load_tokens(extra_v, (kv_row + j) * DIM_V, j < extra, j < extra, q, DIM_V, BLOCK_DV, False, False)
-            acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+            acc = product_onto(acc * alpha[:, None], p.to(values.dtype), values, PRECISION)
             top = new_top
 
     d = tl.arange(0, BLOCK_DV)
