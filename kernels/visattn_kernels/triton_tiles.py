@@ -41,10 +41,10 @@ def load_tokens(base, offset, inside, wanted, pad, dim: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def product_onto(start, a, b, PRECISION: tl.constexpr):
-    """`start` + a b. Tensor cores begin their sums with it at no cost; float32 sums one product after another, so that
-    short sums of their own lose fewer digits."""
+    """`start` + a b. Tensor cores begin their sums with it at no cost; float32 sums one product after another, and
+    short sums of their own lose fewer digits. Triton would make one sum of an addition, but not of a multiply-add."""
     if a.dtype == tl.float32:
-        return start + tl.dot(a, b, input_precision=PRECISION)
+        return tl.fma(tl.dot(a, b, input_precision=PRECISION), tl.full(start.shape, 1.0, tl.float32), start)
     else:
         return tl.dot(a, b, start)
 

@@ -41,13 +41,12 @@ def kind_of_box(c, tiles, left, right, whole):
 
 @triton.jit(do_not_specialize=["Q2", "L2", "D2", "N2", "left", "right", "whole", "kinds", "chunks"])
 def na_bias_rows_kernel(
-    bias, rows, Q2, L2, D2, N2, left, right, whole, kinds, chunks, per_scale,
+    bias, rows, Q2, L2, D2, N2, left, right, whole, kinds, chunks,
     K2: tl.constexpr, S2: tl.constexpr, CAUSAL2: tl.constexpr, T2: tl.constexpr, COUNT: tl.constexpr,
     ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr, OF_KEYS: tl.constexpr, LOWEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Lay out the table (heads, COUNT, 2 * K2 - 1), over the scale, for every kind of box: (heads, kinds, rows, T2,
-    WIDTH)."""
+    """Lay out the table (heads, COUNT, 2 * K2 - 1) for every kind of box: (heads, kinds, rows, T2, WIDTH)."""
     chunk = tl.program_id(0) % chunks
     kind = tl.program_id(0) // chunks % kinds
     head = tl.program_id(0) // chunks // kinds
@@ -73,7 +72,7 @@ def na_bias_rows_kernel(
     values = tl.load(bias + entry, mask=seen & (row >= 0) & (row < COUNT), other=0.0).to(tl.float32)
     size: tl.constexpr = (COUNT + 2 * ROOM) * T2 * WIDTH
     to = rows + (head * kinds + kind) * size + OFF + at
-    tl.store(to, tl.where(seen, values * per_scale, LOWEST).to(rows.dtype.element_ty), mask=at < size)
+    tl.store(to, tl.where(seen, values, LOWEST).to(rows.dtype.element_ty), mask=at < size)
 
 
 class BiasRows(NamedTuple):
@@ -96,14 +95,7 @@ NO_BIAS = BiasRows(None, (0, 0, 1, 1), {"ROOM": 0, "WIDTH": 0, "OFF": 0})
 
 
 def bias_rows(
-    bias: Any,
-    q_length: int,
-    length: int,
-    windows: Windows,
-    way: Tiling,
-    scale: float,
-    dtype: torch.dtype,
-    of_keys: bool = False,
+    bias: Any, q_length: int, length: int, windows: Windows, way: Tiling, dtype: torch.dtype, of_keys: bool = False
 ) -> BiasRows:
     """How the kernel of a tiling reads biases with this :func:`meta`; `NO_BIAS` for None."""
     if bias is None:
@@ -120,7 +112,7 @@ def bias_rows(
     shared = {"ROOM": room, "WIDTH": width, "OFF": 8 // dtype.itemsize}
     launch = Launch(
         na_bias_rows_kernel, heads * kinds * chunks,
-        (q_length, length, windows.dilation[2], way.tiles[2], *scalars, chunks, 1 / scale),
+        (q_length, length, windows.dilation[2], way.tiles[2], *scalars, chunks),
         {"K2": k2, "S2": windows.stride[2], "CAUSAL2": windows.is_causal[2], "T2": way.box[2], "COUNT": count,
          **shared, "OF_KEYS": of_keys, "LOWEST": -6e4 if dtype == torch.float16 else -1e30,
          "BLOCK": 1024},

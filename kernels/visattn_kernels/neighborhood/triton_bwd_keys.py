@@ -95,6 +95,7 @@ def na_bwd_dkv_kernel(
     lse += image
     delta += image
     terms += image * (2 * TERMS)
+    per_scale = 1.4426950408889634 / scale_log2
     none = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -155,7 +156,7 @@ def na_bwd_dkv_kernel(
                 if HAS_BIAS:
                     row_m = (p0 * (2 * K1 - 1) + p1) * (T2 * WIDTH)
                     laid_out = bias + (head * kinds + kind) * biases_of_box
-                    start = tl.load(laid_out + bias_n[:, None] + (m2 - row_m)[None, :]).to(tl.float32)
+                    start = tl.load(laid_out + bias_n[:, None] + (m2 - row_m)[None, :]).to(tl.float32) * per_scale
                 if HAS_REL:
                     here = terms + (at * (2 * TERMS))[:, None] + e
                     start = product_onto(start, pick1, tl.trans(tl.load(here)), PRECISION)

@@ -33,8 +33,8 @@ from .triton_tiling import Windows, query_tiling
 
 @triton.jit
 def logits(
-    i, queries, start, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1, L0, L1, D0, D1, g0, g1,
-    start0, start1, w0, w1, first0, stop0, first1, stop1,
+    i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1, L0, L1, D0, D1,
+    g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
     DILATED0: tl.constexpr, DILATED1: tl.constexpr, K1: tl.constexpr, CLAMPED: tl.constexpr,
     OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     HAS_REL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DEEP: tl.constexpr,
@@ -58,7 +58,7 @@ def logits(
     keys = load_box(k, ky0 * k_0 + ky1 * k_1, k_columns, inside, pad_k, DIM, BLOCK_D, ROWS, OUTSIDE, HAS_PAD)
     if HAS_BIAS:
         row_n = (t0 * (2 * K1 - 1) + t1) * ROW_OF_BIAS
-        start = tl.load(bias + bias_m[:, None] + (row_n + u2)[None, :]).to(tl.float32)
+        start = tl.load(bias + bias_m[:, None] + (row_n + u2)[None, :]).to(tl.float32) * per_scale
     s = product_onto(start, queries, tl.trans(keys), PRECISION)
     pick = keys
     if HAS_REL:  # the row's term, by the row of the identity that picks it
@@ -175,9 +175,9 @@ def na_fwd_kernel(
             )  # fmt: skip
         for i in range(0, tl.cdiv(w0 * w1, ROWS)):
             s, shown, _keys, _pick, ky0, ky1, inside = logits(
-                i, queries, start, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1, L0, L1, D0, D1,
-                g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1, DILATED0, DILATED1, K1, CLAMPED, OUTSIDE,
-                MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS,
+                i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1, L0, L1,
+                D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1, DILATED0, DILATED1, K1, CLAMPED,
+                OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS,
                 COLUMNS, TERMS,
             )  # fmt: skip
             highest = tl.max(s, 1)
@@ -262,7 +262,7 @@ def plan(
     way = query_tiling(
         tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None, bias=bias is not None
     )
-    table = bias_rows(bias, q_grid[2], grid[2], windows, way, scale, q[2])
+    table = bias_rows(bias, q_grid[2], grid[2], windows, way, q[2])
     scalars = (
         *strides_of(q), *strides_of(k), *strides_of(v), *q_grid, *grid, *windows.dilation, *way.counts, *way.tiles,
         heads, heads // kv_heads, 0 if extra is None else extra[0][2], *table.scalars, scale * LOG2E,
