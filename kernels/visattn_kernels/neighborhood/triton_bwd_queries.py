@@ -136,10 +136,10 @@ def na_bwd_dq_kernel(
             acc_column = none
         for i in range(0, tl.cdiv(w0 * w1, ROWS)):
             s, shown, keys, pick, ky0, ky1, inside = logits(
-                i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1, L0, L1,
-                D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1, DILATED0, DILATED1, K1, CLAMPED,
-                OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS,
-                COLUMNS, TERMS,
+                i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1,
+                L0, L1, D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
+                DILATED0, DILATED1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D,
+                PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS, TERMS,
             )  # fmt: skip
             values = load_box(
                 v, ky0 * v_0 + ky1 * v_1, v_columns, inside, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD

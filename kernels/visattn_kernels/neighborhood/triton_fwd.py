@@ -175,10 +175,10 @@ def na_fwd_kernel(
             )  # fmt: skip
         for i in range(0, tl.cdiv(w0 * w1, ROWS)):
             s, shown, _keys, _pick, ky0, ky1, inside = logits(
-                i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1, L0, L1,
-                D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1, DILATED0, DILATED1, K1, CLAMPED,
-                OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D, PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS,
-                COLUMNS, TERMS,
+                i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1,
+                L0, L1, D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
+                DILATED0, DILATED1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D,
+                PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS, TERMS,
             )  # fmt: skip
             highest = tl.max(s, 1)
             if ROWS == 1:
