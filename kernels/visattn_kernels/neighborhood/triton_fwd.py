@@ -152,7 +152,9 @@ def na_fwd_kernel(
         )
         terms = terms.to(queries.dtype)
     ROWS: tl.constexpr = BLOCK_N // COLUMNS
-    top = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    # The largest logit in units of the exponent, as rounded as it is used: sums of different ones must fit together.
+    # It starts far above hidden keys, so that rounding cannot make something of them.
+    top = tl.full([BLOCK_M], -1e20, tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for part in range(0, tl.cdiv(w2, COLUMNS)):  # one, unless a row is longer than a step
@@ -180,14 +182,12 @@ def na_fwd_kernel(
                 DILATED0, DILATED1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D,
                 PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS, TERMS,
             )  # fmt: skip
-            highest = tl.max(s, 1)
+            highest = tl.max(s, 1) * scale_log2
             if ROWS == 1:
                 highest = tl.where(shown, highest, HIDDEN)
-            new_top = tl.maximum(top, highest)
-            # Where nothing is visible yet this is no logit's, so that rounding cannot make something of hidden keys.
-            less = tl.maximum(new_top * scale_log2, -1e20)
-            alpha = tl.exp2(top * scale_log2 - less)
-            top = new_top
+            less = tl.maximum(top, highest)
+            alpha = tl.exp2(top - less)
+            top = less
             p = weights(s, shown, less, scale_log2, ROWS)
             total = total * alpha[:, None] + p
             values = load_box(
@@ -202,13 +202,13 @@ def na_fwd_kernel(
             keys = load_tokens(extra_k, (kv_row + j) * DIM, j < extra, j < extra, q, DIM, BLOCK_D, False, False)
             s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             s = tl.where((j < extra)[None, :], s, HIDDEN)
-            new_top = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp2((s - new_top[:, None]) * scale_log2)
-            alpha = tl.exp2((top - new_top) * scale_log2)
+            less = tl.maximum(top, tl.max(s, 1) * scale_log2)
+            p = tl.exp2(s * scale_log2 - less[:, None])
+            alpha = tl.exp2(top - less)
             sums = sums * alpha + tl.sum(p, 1)
             values = load_tokens(extra_v, (kv_row + j) * DIM_V, j < extra, j < extra, q, DIM_V, BLOCK_DV, False, False)
             acc = product_onto(acc * alpha[:, None], p.to(values.dtype), values, PRECISION)
-            top = new_top
+            top = less
 
     d = tl.arange(0, BLOCK_DV)
     tl.store(
@@ -216,7 +216,7 @@ def na_fwd_kernel(
         (acc * (1.0 / sums)[:, None]).to(out.dtype.element_ty),
         mask=there[:, None] & (d < DIM_V)[None, :],
     )
-    tl.store(lse + at, (top * scale_log2 + tl.log2(sums)) * 0.6931471805599453, mask=there)
+    tl.store(lse + at, (top + tl.log2(sums)) * 0.6931471805599453, mask=there)
 
 
 def three_axes(x: Tensor) -> Tensor:
