@@ -73,16 +73,6 @@ def axis_of_tile(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K
 
 
 @triton.jit
-def unaligned(x):
-    """`x` (below 2^24), of whose alignment the compiler knows nothing.
-
-    Triton takes a number minus a range of consecutive ones to be as aligned as the range's first, and reads pairs
-    across their bounds.
-    """
-    return tl.cast(tl.cast(x, tl.float32), tl.int32)
-
-
-@triton.jit
 def rows_of_box(i, start0, start1, w1, rows, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Step `i` of ROWS rows over the rows of a box: their positions on the first two axes, and whether there is such a
     row; past the last one it is the last one again. With one row per step these are scalars. `DEEP`: the first axis has

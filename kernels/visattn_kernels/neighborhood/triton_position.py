@@ -13,7 +13,6 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -120,20 +119,25 @@ def room_for_terms(windows: Windows) -> int:
     return power_of_2(windows.kernel_size[2])
 
 
-_identities: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+@triton.jit
+def na_identity_kernel(eye, N: tl.constexpr, OFF: tl.constexpr):
+    """The identity matrix (N, N), from element OFF on."""
+    i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    tl.store(eye + OFF + i * N + j, (i == j).to(eye.dtype.element_ty))
+
+
+@functools.lru_cache(64)
+def _identity_plan(eye: Any, n: int) -> Launch:
+    return Launch(na_identity_kernel, 1, (), {"N": n, "OFF": EYE_OFF.value})
 
 
 def identity(like: Tensor, n: int) -> Tensor:
-    """The identity matrix (n, n) in dtype and on the device of `like`, from element `EYE_OFF` on."""
-    key = (like.device, like.dtype, n)
-    eye = _identities.get(key)
-    if eye is None:
-        eye = F.pad(torch.eye(n, dtype=like.dtype, device=like.device).flatten(), (EYE_OFF.value, 0))
-        if not like.is_cuda:
-            _identities[key] = eye
-        elif not torch.cuda.is_current_stream_capturing():  # what a graph makes is there while the graph runs
-            torch.cuda.current_stream(like.device).synchronize()  # other streams will read it, too
-            _identities[key] = eye
+    """The identity matrix (n, n) in dtype and on the device of `like`, from element `EYE_OFF` on.
+
+    Made anew in every call: a CUDA graph may own the memory of whatever is made while it is recorded.
+    """
+    eye = torch.empty(EYE_OFF.value + n * n, dtype=like.dtype, device=like.device)
+    _identity_plan(meta(eye), n)(eye)
     return eye
 
 
