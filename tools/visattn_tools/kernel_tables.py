@@ -23,6 +23,7 @@ PEERS = {
     "compiled": "those through `torch.compile`",
     "flex": "compiled FlexAttention",
     "sdpa": "torch's fused attention",
+    "natten": "NATTEN",
     "plain": "our plain torch",
     "timm": "timm's own code",
 }

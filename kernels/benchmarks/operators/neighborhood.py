@@ -2,10 +2,12 @@
 
 ``flex`` is compiled FlexAttention with a block mask of the windows. The mask is made beforehand and not timed; tokens
 are sorted into squares of 8 x 8 where the map allows it, so that blocks of 128 tokens hold neighbours, which is timed.
-``sdpa`` is torch's dense attention with an additive mask, on maps of up to 1,024 tokens. ``plain`` is our own reference
-with recomputation, which works on blocks of queries.
+``sdpa`` is torch's dense attention with an additive mask, on maps of up to 1,024 tokens. ``natten`` is NATTEN as it
+chooses its kernels and tiles, where it is installed. ``plain`` is our own reference with recomputation, which works on
+blocks of queries.
 """
 
+import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -126,6 +128,17 @@ def dense_peer(shape: Shape) -> Callable[..., Tensor]:
     return call
 
 
+def natten_peer(shape: Shape) -> Callable[..., Tensor]:
+    """NATTEN's own function, on contiguous maps."""
+    from natten.functional import na2d
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        maps = (x.contiguous() for x in (q, k, v))
+        return na2d(*maps, kernel_size=shape.kernel, stride=shape.stride, dilation=shape.dilation)
+
+    return call
+
+
 def case(shape: Shape, dtype: torch.dtype) -> Case:
     """Tensors as slices of one projection, and who computes the attention."""
     B, heads, dim, H, W, kernel, dilation, stride, bias = shape
@@ -145,6 +158,8 @@ def case(shape: Shape, dtype: torch.dtype) -> Case:
         peers["flex"] = lambda: flex_peer(shape)
         if H * W <= MAX_DENSE:
             peers["sdpa"] = lambda: dense_peer(shape)
+        if importlib.util.find_spec("natten") is not None:
+            peers["natten"] = lambda: natten_peer(shape)
     peers["plain"] = lambda: attend("recompute")
     pairs = B * heads * H * W * kernel**2
     q = inputs[0]
