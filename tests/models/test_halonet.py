@@ -225,6 +225,13 @@ def test_training_step():
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()), name
 
 
+def test_activations_do_not_copy_their_input():
+    """In place, a SiLU saves a copy of what it overwrites; ReLU, whose gradient needs its output, does not."""
+    activations = [m for m in timm.create_model("test_halonet").modules() if isinstance(m, torch.nn.SiLU)]
+    assert activations
+    assert not any(m.inplace for m in activations)
+
+
 def test_no_weights_are_published_for_the_papers_models():
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model("halonet_h0_256", pretrained=True)

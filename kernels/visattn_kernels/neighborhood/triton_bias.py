@@ -218,12 +218,6 @@ def _folds(pairs: Any, grid: Any, windows: Windows) -> list[tuple[Launch, int]]:
     return folds
 
 
-def images_at_a_time(q: Tensor, windows: Windows) -> int:
-    """Images whose gradients of logits are in memory together; `q` has three axes."""
-    image = math.prod(q.shape[1:5]) * math.prod(windows.kernel_size) * q.element_size()
-    return max(1, MOST_BYTES // image)
-
-
 def sum_by_offset(pairs: Tensor, table: Tensor, grid: Any, windows: Windows) -> Tensor:
     """Gradient of the table, float32 in its shape, from those of the logits of some images."""
     if len(pairs) > 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..triton_support import Launch, dot_precision, meta
 from ..triton_tiles import LOG2E
 from . import triton_bias, triton_position
-from .triton_bias import BiasRows, bias_rows, images_at_a_time, sum_by_offset
+from .triton_bias import BiasRows, bias_rows, sum_by_offset
 from .triton_bwd_keys import na_bwd_dkv_kernel
 from .triton_bwd_queries import na_bwd_dq_kernel
 from .triton_bwd_shared import extra_gradients
@@ -130,6 +130,11 @@ def backward(
     return dq, dk, dv, dbias, *dextra, *dpads, None
 
 
+def _images_at_a_time(q: Tensor, entries: int, most_bytes: int) -> int:
+    """Images of which `entries` numbers per query and head are in memory together; `q` has three axes."""
+    return max(1, most_bytes // (math.prod(q.shape[1:5]) * entries * q.element_size()))
+
+
 def _with_embeddings(
     rel: Tensor, maps: tuple[Tensor, ...], results: tuple[Tensor, ...], dkv: tuple[Tensor, Tensor], settings: Any
 ) -> Tensor:
@@ -137,7 +142,7 @@ def _with_embeddings(
     time: the second kernel reads the position terms as the first one has found them."""
     q, windows = maps[1], settings[1]
     terms = 2 * room_for_terms(windows)
-    images = triton_position.images_at_a_time(q, terms)
+    images = _images_at_a_time(q, terms, triton_position.MOST_BYTES)
     if images < len(q):
         total: Tensor | None = None
         for start in range(0, len(q), images):
@@ -167,7 +172,7 @@ def _with_biases(
     """Write the gradients of queries and delta into `results`, and return that of the table; where that of the logits
     would take too much memory, some images at a time."""
     q, k, windows = maps[1], maps[2], settings[1]
-    images = images_at_a_time(q, windows)
+    images = _images_at_a_time(q, math.prod(windows.kernel_size), triton_bias.MOST_BYTES)
     if images >= len(q):
         assert run.biases.rows is not None
         pairs = torch.empty(len(q), q.shape[4], *q.shape[1:4], *windows.kernel_size, dtype=q.dtype, device=q.device)

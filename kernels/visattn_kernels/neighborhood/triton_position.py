@@ -22,8 +22,8 @@ from ..triton_tiles import power_of_2
 from .triton_tiling import Windows
 
 EYE_OFF = tl.constexpr(4)
-"""Where the identity matrix starts, in elements: not at a multiple of 16 bytes, so that its rows, which all programs
-want, come through the L1 cache (see ``triton_bias``)."""
+"""Where the identity matrix starts, in elements: in 16 bits not at a multiple of 16 bytes, so that its rows, which all
+programs want, come through the L1 cache (see ``triton_bias``)."""
 MOST_BYTES = 1 << 26
 """Position terms, and their gradients, in memory at a time; more images than these hold take several turns."""
 
@@ -139,12 +139,6 @@ def identity(like: Tensor, n: int) -> Tensor:
     eye = torch.empty(EYE_OFF.value + n * n, dtype=like.dtype, device=like.device)
     _identity_plan(meta(eye), n)(eye)
     return eye
-
-
-def images_at_a_time(q: Tensor, terms: int) -> int:
-    """Images whose position terms, `terms` per query and head, are in memory together; `q` has three axes."""
-    image = q[0].numel() // q.shape[-1] * terms * q.element_size()
-    return max(1, MOST_BYTES // max(image, 1))
 
 
 class TablePlan(NamedTuple):
