@@ -38,7 +38,8 @@ def test_benchmark(bench: str, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     flags = ["--bench", bench, "--rounds", "3", "--steps", "2", "-b", "4", "--output", str(path)]
     benchmark.main(["test_resnet", "test_efficientnet", "--img-size", "64", *flags, *FAST])
-    figures = json.loads(path.read_text())["test_resnet"][bench]
+    figures = next(record for record in json.loads(path.read_text()) if record["model"] == "test_resnet")
+    assert figures["bench"] == bench
     assert torch.cuda.get_device_name() == figures["hardware"]
     if bench == "profile":
         names = [row["operator"] for row in figures["training_operators"]]
