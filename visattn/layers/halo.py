@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import make_divisible, register_notrace_function, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
-from visattn_kernels import halo_attention, split_packed
+from visattn_kernels import halo_attention, linear, split_packed
+
+from .channels_last import is_product
 
 register_notrace_function(halo_attention)
 register_notrace_function(split_packed)
@@ -183,13 +185,44 @@ class HaloAttention(nn.Module):
             resized = resize_rel_table(table.detach(), old, self.used_rows())
             setattr(self, name, nn.Parameter(resized, requires_grad=table.requires_grad))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _project(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values (B, *map, heads, dim)."""
         B, heads, dim = x.shape[0], self.num_heads, self.head_dim
         q, kv = self.q(x), self.kv(x)
         q = q.reshape(B, heads, dim, q.shape[2], q.shape[3]).permute(0, 3, 4, 1, 2)
         # Every head owns its keys, then its values.
         kv = kv.reshape(B, heads, dim + self.value_dim, kv.shape[2], kv.shape[3]).permute(0, 3, 4, 1, 2)
         k, v = split_packed(kv, [dim, self.value_dim])
+        return [q, k, v]
+
+    def _can_pack(self, x: Tensor) -> bool:
+        """Whether queries, keys and values may come of one product, which reads the map once and whose gradients need
+        no sum. A module in the place of a projection, or a hook, must be called."""
+        plain = (type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
+                 for conv in (self.q, self.kv))  # fmt: skip
+        return self.query_stride == 1 and is_product(x) and all(plain)
+
+    def _project_packed(self, x: Tensor) -> list[Tensor]:
+        """As `_project`, where each head owns its queries, keys and values."""
+        sizes = [self.head_dim, self.head_dim, self.value_dim]
+
+        def pack(q: Tensor, kv: Tensor) -> Tensor:
+            heads = self.num_heads
+            return torch.cat([q.reshape(heads, sizes[0], -1), kv.reshape(heads, sum(sizes[1:]), -1)], 1).flatten(0, 1)
+
+        weight = pack(self.q.weight, self.kv.weight)
+        bias = None
+        if self.q.bias is not None and self.kv.bias is not None:
+            bias = pack(self.q.bias, self.kv.bias).flatten()
+        out = linear(x.permute(0, 2, 3, 1), weight, bias)
+        return split_packed(out.unflatten(-1, (self.num_heads, -1)), sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, heads = x.shape[0], self.num_heads
+        if torch.jit.is_scripting():
+            q, k, v = self._project(x)
+        else:
+            q, k, v = self._project_packed(x) if self._can_pack(x) else self._project(x)
         height_rel, width_rel = self.height_rel, self.width_rel
         if self.scale_pos_embed:
             height_rel, width_rel = self.scale * height_rel, self.scale * width_rel
