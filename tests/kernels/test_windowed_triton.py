@@ -9,7 +9,7 @@ from poison import poisoned_memory
 
 pytest.importorskip("triton")
 
-from visattn_kernels.neighborhood import triton_bias, triton_position
+from visattn_kernels.neighborhood import triton_bias, triton_bias_gradient, triton_position
 from visattn_kernels.neighborhood.triton_tiling import Windows, key_tiling, query_tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,6 +58,13 @@ CASES = {
         "B": 1,
         "grid": (3, 25),
         "geometry": ([2, 5], [1, 1], [1, 2], [False, False]),
+    },
+    "sums of biases": {"bias": True, "B": 2, "grid": (13, 21), "geometry": ([7, 5], [1, 1], [1, 2], [False, False])},
+    "sums of biases, causal": {
+        "bias": True,
+        "B": 1,
+        "grid": (9, 11),
+        "geometry": ([6, 9], [2, 1], [1, 1], [True, True]),
     },
     "biases, causal": {"bias": True, "B": 1, "grid": (4, 13), "geometry": ([4, 6], [2, 3], [1, 1], [False, True])},
     "padding": {"padded": True, "bias": True, "grid": (3, 7), "geometry": ([3, 5], [1, 1], [2, 2], [False, False])},
@@ -113,13 +120,13 @@ def test_gradient_of_biases_some_images_at_a_time(monkeypatch):
     geometry = ([3, 3], [1, 1], [1, 1], [False, False])
     x = make({**PLAIN, "B": 3, "grid": (3, 4), "bias": True, "geometry": geometry})
     image = 3 * 4 * 2 * 9 * 4  # bytes of the gradients of its logits
-    monkeypatch.setattr(triton_bias, "MOST_BYTES", 2 * image)
+    monkeypatch.setattr(triton_bias_gradient, "MOST_BYTES", 2 * image)
     check(lambda y, backend: call(y, geometry, backend), x)
 
 
 def test_gradient_of_biases_with_wide_offsets(monkeypatch):
     geometry = ([3, 2], [1, 1], [1, 1], [False, False])
-    monkeypatch.setattr(triton_bias, "FAR", 1)
+    monkeypatch.setattr(triton_bias_gradient, "FAR", 1)
     check(
         lambda y, backend: call(y, geometry, backend),
         make({**PLAIN, "B": 1, "grid": (4, 5), "bias": True, "geometry": geometry}),

@@ -4,9 +4,6 @@ A program meets the same biases in every image and, away from the border, in eve
 last axis there is a copy of the table whose rows are laid out as the program holds them: entry (row, held token, token
 of a step) for the offset between the two tokens on the last axis, hidden where the query does not see the key. A row
 stands for the offset on the first two axes, so that a step reads whole rows.
-
-The gradient: the kernel of queries' gradients leaves those of logits per query and key of its window; they are summed
-over images, then axis by axis into offsets, always in the same order.
 """
 
 import functools
@@ -19,14 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import Launch, meta
-from .triton_geometry import axis_of_keys, axis_of_tile, members_of, window_of
+from ..triton_support import Launch
+from .triton_geometry import axis_of_keys, axis_of_tile, window_of
 from .triton_tiling import Tiling, Windows
-
-FAR = 1 << 31
-"""Offsets from here on are computed in 64 bits."""
-MOST_BYTES = 1 << 28
-"""Gradients of logits in memory at a time; more images than these hold take several turns."""
 
 
 @triton.jit
@@ -39,12 +31,26 @@ def kind_of_box(c, tiles, left, right, whole):
     return kind + tl.where(group >= whole, left + 1 + right, 0)
 
 
+@triton.jit
+def in_order(x, COLUMNS: tl.constexpr):
+    """Biases of a step as they were read, in the order of their tokens.
+
+    In rows of 16 those that tensor cores want in one thread lie side by side: 0, 1, 8, 9, then 2, 3, 10, 11, and so on.
+    Threads then keep what they read.
+    """
+    if COLUMNS % 16 == 0:
+        M: tl.constexpr = x.shape[0]
+        N: tl.constexpr = x.shape[1]
+        x = x.reshape([M, N // 16, 4, 2, 2]).permute(0, 1, 3, 2, 4).reshape([M, N])
+    return x
+
+
 @triton.jit(do_not_specialize=["Q2", "L2", "D2", "N2", "left", "right", "whole", "kinds", "chunks"])
 def na_bias_rows_kernel(
     bias, rows, Q2, L2, D2, N2, left, right, whole, kinds, chunks,
     K2: tl.constexpr, S2: tl.constexpr, CAUSAL2: tl.constexpr, T2: tl.constexpr, COUNT: tl.constexpr,
-    ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr, OF_KEYS: tl.constexpr, LOWEST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr, BY_FOURS: tl.constexpr, OF_KEYS: tl.constexpr,
+    LOWEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Lay out the table (heads, COUNT, 2 * K2 - 1) for every kind of box: (heads, kinds, rows, T2, WIDTH)."""
     chunk = tl.program_id(0) % chunks
@@ -57,6 +63,8 @@ def na_bias_rows_kernel(
     row = at // (T2 * WIDTH) - ROOM
     local = at // WIDTH % T2
     u = at % WIDTH
+    if BY_FOURS:  # see in_order
+        u = u // 16 * 16 + u // 2 % 2 * 8 + u // 4 % 4 * 2 + u % 2
     if OF_KEYS:
         _, n, t, start, width = axis_of_keys(c, N2, D2, Q2, L2, local, T2, K2, S2, 1, 0, CAUSAL2, True, True, True)
         p = start + u
@@ -114,8 +122,8 @@ def bias_rows(
         na_bias_rows_kernel, heads * kinds * chunks,
         (q_length, length, windows.dilation[2], way.tiles[2], *scalars, chunks),
         {"K2": k2, "S2": windows.stride[2], "CAUSAL2": windows.is_causal[2], "T2": way.box[2], "COUNT": count,
-         **shared, "OF_KEYS": of_keys, "LOWEST": -6e4 if dtype == torch.float16 else -1e30,
-         "BLOCK": 1024},
+         **shared, "BY_FOURS": way.columns % 16 == 0, "OF_KEYS": of_keys,
+         "LOWEST": -6e4 if dtype == torch.float16 else -1e30, "BLOCK": 1024},
     )  # fmt: skip
 
     def rows(table: Tensor) -> Tensor:
@@ -165,65 +173,3 @@ def _box(top: int, size: int, members: int, n: int, windows: Windows, of_keys: b
 def _seen(p: int, top: int, n: int, windows: Windows) -> tuple[int, int]:
     first, stop = windows.window(p, n, 2)
     return first - top, stop - top
-
-
-@triton.jit(do_not_specialize=["Q", "L", "D", "chunks"])
-def na_fold_kernel(
-    pairs, out, Q, L, D, chunks,
-    A: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr, C: tl.constexpr, FAR: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum over the queries of an axis, by offset: (outer, Q, A, K, C) to (outer, A, 2 * K - 1, C)."""
-    OFFSETS: tl.constexpr = 2 * K - 1
-    outer = (tl.program_id(0) // chunks).to(tl.int64)
-    j = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
-    pairs += outer * Q * (A * K * C)
-    offset = j // C % OFFSETS
-    there = j < A * OFFSETS * C
-    lane = (j // (OFFSETS * C) * K + offset) * C + j % C
-    acc = tl.zeros([BLOCK_Q, BLOCK], tl.float32)
-    for start in range(0, Q, BLOCK_Q):
-        y = start + tl.arange(0, BLOCK_Q)
-        p = y // D
-        first, stop = window_of(p, tl.maximum(members_of(y % D, L, D), K), K, S, 1, 0, CAUSAL, True)
-        shift = first - p + K - 1
-        key = offset[None, :] - shift[:, None]
-        seen = there[None, :] & (y < Q)[:, None] & (key >= 0) & (key < (stop - first)[:, None])
-        if FAR:
-            y = y.to(tl.int64)
-        at = (y * (A * K * C) - shift * C)[:, None] + lane[None, :]
-        acc += tl.load(pairs + at, mask=seen, other=0.0).to(tl.float32)
-    tl.store(out + outer * (A * OFFSETS * C) + j, tl.sum(acc, 0), mask=there)
-
-
-@functools.lru_cache(4096)
-def _folds(pairs: Any, grid: Any, windows: Windows) -> list[tuple[Launch, int]]:
-    """The launches that sum gradients of logits (1, heads, *q_grid, *kernel_size) with this :func:`meta`, and elements
-    of their sums."""
-    heads, *q_grid = pairs[0][1:5]
-    folds, inner = [], 1
-    for a in (2, 1, 0):
-        k = windows.kernel_size[a]
-        outer, keys = heads * math.prod(q_grid[:a]), math.prod(windows.kernel_size[:a])
-        lanes = keys * (2 * k - 1) * inner
-        if q_grid[a] > 1 or k > 1:
-            chunks = triton.cdiv(lanes, 128)
-            launch = Launch(
-                na_fold_kernel, outer * chunks, (q_grid[a], grid[a], windows.dilation[a], chunks),
-                {"A": keys, "K": k, "S": windows.stride[a], "CAUSAL": windows.is_causal[a], "C": inner,
-                 "FAR": q_grid[a] * keys * k * inner >= FAR, "BLOCK_Q": 16, "BLOCK": 128},
-            )  # fmt: skip
-            folds.append((launch, outer * lanes))
-        inner *= 2 * k - 1
-    return folds
-
-
-def sum_by_offset(pairs: Tensor, table: Tensor, grid: Any, windows: Windows) -> Tensor:
-    """Gradient of the table, float32 in its shape, from those of the logits of some images."""
-    if len(pairs) > 1:
-        pairs = pairs.sum(0, keepdim=True, dtype=torch.float32)
-    for launch, elements in _folds(meta(pairs), tuple(grid), windows):
-        sums = torch.empty(elements, dtype=torch.float32, device=pairs.device)
-        launch(pairs, sums)
-        pairs = sums
-    return pairs.view(table.shape)

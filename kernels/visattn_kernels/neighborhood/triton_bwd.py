@@ -1,7 +1,7 @@
 """Fused backward of windowed attention, without float atomics: bit-identical from run to run.
 
 Gradients of queries are in ``triton_bwd_queries``, those of keys and values in ``triton_bwd_keys``, those of biases in
-``triton_bias``, those of additional keys in ``triton_bwd_shared``.
+``triton_bias_gradient``, those of additional keys in ``triton_bwd_shared``.
 """
 
 import functools
@@ -14,21 +14,23 @@ from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta
 from ..triton_tiles import LOG2E
-from . import triton_bias, triton_position
-from .triton_bias import BiasRows, bias_rows, sum_by_offset
+from . import triton_bias_gradient, triton_position
+from .triton_bias import BiasRows, bias_rows
+from .triton_bias_gradient import BiasGradient, bias_gradient
 from .triton_bwd_keys import na_bwd_dkv_kernel
 from .triton_bwd_queries import na_bwd_dq_kernel
 from .triton_bwd_shared import extra_gradients
 from .triton_fwd import prepare, shared_constants, strides_of, three_axes
-from .triton_position import identity, room_for_terms, table_gradients
+from .triton_position import pickers, room_for_terms, table_gradients
 from .triton_tiling import Windows, key_tiling, query_tiling
 
 
 class Plan(NamedTuple):
-    """A launch, and how it reads biases."""
+    """A launch, how it reads biases, and what it leaves for their gradient."""
 
     launch: Launch
     biases: BiasRows
+    gradient: BiasGradient | None = None
 
 
 @functools.lru_cache(4096)
@@ -48,12 +50,12 @@ def plans(
         tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None, True, bias is not None
     )
     table = bias_rows(bias, q_grid[2], grid[2], windows, way, q[2])
-    many = math.prod(q_grid) * math.prod(windows.kernel_size) >= triton_bias.FAR
+    gradient = bias_gradient(heads, tuple(q_grid), tuple(grid), windows, way)
     dq = Launch(
         na_bwd_dq_kernel, B * way.programs * heads,
         (*strides, *maps, *way.counts, *way.tiles, heads, heads // kv_heads, 0 if extra is None else extra[0][2],
          *table.scalars, *stores[0], *factors),
-        {"HAS_GRAD_LSE": grad_lse, "MANY_PAIRS": many} | shared | way.constants() | table.constants, way.warps,
+        {"HAS_GRAD_LSE": grad_lse} | gradient.constants | shared | way.constants() | table.constants, way.warps,
         way.stages, way.registers,
     )  # fmt: skip
     keys = key_tiling(tuple(grid), windows, max(dim, dim_v), q[2].itemsize, pad is not None, rel is not None)
@@ -65,7 +67,7 @@ def plans(
         shared | keys.constants(of_keys=True) | other.constants, keys.warps, keys.stages,
         keys.registers,
     )  # fmt: skip
-    return Plan(dq, table), Plan(dkv, other)
+    return Plan(dq, table, gradient), Plan(dkv, other)
 
 
 def backward(
@@ -131,8 +133,8 @@ def backward(
 
 
 def _images_at_a_time(q: Tensor, entries: int, most_bytes: int) -> int:
-    """Images of which `entries` numbers per query and head are in memory together; `q` has three axes."""
-    return max(1, most_bytes // (math.prod(q.shape[1:5]) * entries * q.element_size()))
+    """Images of which `entries` numbers each, in the dtype of `q`, are in memory together."""
+    return max(1, most_bytes // (entries * q.element_size()))
 
 
 def _with_embeddings(
@@ -142,7 +144,7 @@ def _with_embeddings(
     time: the second kernel reads the position terms as the first one has found them."""
     q, windows = maps[1], settings[1]
     terms = 2 * room_for_terms(windows)
-    images = _images_at_a_time(q, terms, triton_position.MOST_BYTES)
+    images = _images_at_a_time(q, terms * math.prod(q.shape[1:5]), triton_position.MOST_BYTES)
     if images < len(q):
         total: Tensor | None = None
         for start in range(0, len(q), images):
@@ -153,11 +155,11 @@ def _with_embeddings(
         assert total is not None
         return total
     queries, keys = plans(*map(meta, (*maps, None, None, None, rel)), *settings)
-    eye = identity(q, terms // 2)
-    here, grads = torch.empty(2, *q.shape[:-1], terms, dtype=q.dtype, device=q.device)
+    picks = pickers(q, terms // 2)
+    here, grads = torch.empty(2, q.shape[0], 2, q.shape[4], *q.shape[1:4], terms // 2, dtype=q.dtype, device=q.device)
     lse, delta = results[1], results[3]
-    queries.launch(*maps, *(q,) * 5, rel, eye, *results, here, grads, q)
-    keys.launch(*maps, *(q,) * 3, here, eye, lse, delta, *dkv, q, q)
+    queries.launch(*maps, *(q,) * 5, rel, picks, *results, here, grads, q)
+    keys.launch(*maps, *(q,) * 3, here, picks, lse, delta, *dkv, q, q)
     return table_gradients(q, grads, rel, terms, windows)
 
 
@@ -171,14 +173,15 @@ def _with_biases(
 ) -> Tensor:
     """Write the gradients of queries and delta into `results`, and return that of the table; where that of the logits
     would take too much memory, some images at a time."""
-    q, k, windows = maps[1], maps[2], settings[1]
-    images = _images_at_a_time(q, math.prod(windows.kernel_size), triton_bias.MOST_BYTES)
+    q, gradient = maps[1], run.gradient
+    assert gradient is not None
+    assert run.biases.rows is not None
+    images = _images_at_a_time(q, math.prod(gradient.shape), triton_bias_gradient.MOST_BYTES)
     if images >= len(q):
-        assert run.biases.rows is not None
-        pairs = torch.empty(len(q), q.shape[4], *q.shape[1:4], *windows.kernel_size, dtype=q.dtype, device=q.device)
+        pairs = torch.empty(len(q), *gradient.shape, dtype=q.dtype, device=q.device)
         filled = (q if x is None else x for x in optional)
         run.launch(*maps, run.biases.rows(bias), *filled, q, *results, q, q, pairs)
-        return sum_by_offset(pairs, bias, k.shape[1:4], windows)
+        return gradient.of_table(pairs).view(bias.shape)
     total: Tensor | None = None
     for start in range(0, len(q), images):
         some = slice(start, start + images)

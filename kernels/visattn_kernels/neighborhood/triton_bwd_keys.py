@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..triton_tiles import load_tokens, product_onto
-from .triton_bias import kind_of_box
+from .triton_bias import in_order, kind_of_box
 from .triton_geometry import (
     HIDDEN,
     across,
@@ -19,13 +19,26 @@ from .triton_geometry import (
     rows_seen,
     window_of,
 )
-from .triton_position import EYE_OFF
+from .triton_position import PICKERS_OFF
+
+
+@triton.jit
+def rows_in_map(i, q0, q1, row_width, rows, g0, g1, D0, D1, Q0, Q1, DILATED0: tl.constexpr, DILATED1: tl.constexpr,
+                CLAMPED: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Step `i` over the rows of a box of queries: their positions and coordinates on the first two axes, and whether
+    there is such a row; where there is none it is read at another's place."""
+    p0, p1, shown = rows_of_box(i, q0, q1, row_width, rows, DEEP, ROWS, COLUMNS)
+    y0, y1 = coordinate(g0, D0, p0, DILATED0), coordinate(g1, D1, p1, DILATED1)
+    if not CLAMPED:
+        shown = shown & (y0 < Q0) & (y1 < Q1)
+        y0, y1 = tl.minimum(y0, Q0 - 1), tl.minimum(y1, Q1 - 1)
+    return p0, p1, y0, y1, shown
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
                                "heads", "group", "left", "right", "whole", "kinds"])  # fmt: skip
 def na_bwd_dkv_kernel(
-    g, q, k, v, bias, pad_k, pad_v, terms, eye, lse, delta, dk, dv, dpad_k, dpad_v,
+    g, q, k, v, bias, pad_k, pad_v, terms, picks, lse, delta, dk, dv, dpad_k, dpad_v,
     g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, left, right, whole, kinds,
     dk_t, dk_h, dv_t, dv_h, scale_log2, scale,
@@ -39,8 +52,8 @@ def na_bwd_dkv_kernel(
     TERMS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
-    FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
+    FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a box of keys and values, over the queries that see them."""
     pid = tl.program_id(0)
@@ -115,8 +128,8 @@ def na_bwd_dkv_kernel(
             seen = (u0 >= 0) & (u0 < K0) & (u1 >= 0) & (u1 < K1) & (u2 >= 0) & (u2 < K2)
             if HAS_REL:  # terms of no key hide those that the block does not see, if there are such terms
                 e = tl.arange(0, TERMS)[None, :]
-                pick1 = tl.load(eye + EYE_OFF + (tl.where(seen, u1, TERMS - 1) * TERMS)[:, None] + e)
-                pick2 = tl.load(eye + EYE_OFF + (tl.where(seen, u2, TERMS - 1) * TERMS)[:, None] + e)
+                pick1 = tl.load(picks + PICKERS_OFF + (tl.where(seen, u1, TERMS - 1) * TERMS)[:, None] + e)
+                pick2 = tl.load(picks + PICKERS_OFF + (tl.where(seen, u2, TERMS - 1) * TERMS)[:, None] + e)
         for part in range(0, tl.cdiv(columns, COLUMNS)):
             m2 = part * COLUMNS + tl.arange(0, BLOCK_M) % COLUMNS
             p2 = q2 + tl.minimum(m2, columns - 1)
@@ -135,12 +148,19 @@ def na_bwd_dkv_kernel(
                 column += tl.where(seen2, 0.0, HIDDEN)
             q_columns = (y2 * q_2)[:, None] + tl.arange(0, BLOCK_D)[None, :]
             g_columns = (y2 * g_2)[:, None] + tl.arange(0, BLOCK_DV)[None, :]
+            _, _, y0, y1, _ = rows_in_map(
+                0, q0, q1, row_width, rows, g0, g1, D0, D1, Q0, Q1, DILATED0, DILATED1, CLAMPED, DEEP, ROWS, COLUMNS
+            )
+            row_delta = tl.load(delta + ((y0 * Q1 + y1) * Q2 + y2) * heads + head)
             for i in range(0, tl.cdiv(rows, ROWS)):
-                p0, p1, shown = rows_of_box(i, q0, q1, row_width, rows, DEEP, ROWS, COLUMNS)
-                y0, y1 = coordinate(g0, D0, p0, DILATED0), coordinate(g1, D1, p1, DILATED1)
-                if not CLAMPED:
-                    shown = shown & (y0 < Q0) & (y1 < Q1)
-                    y0, y1 = tl.minimum(y0, Q0 - 1), tl.minimum(y1, Q1 - 1)
+                _, _, y0, y1, _ = rows_in_map(
+                    i + 1, q0, q1, row_width, rows, g0, g1, D0, D1, Q0, Q1, DILATED0, DILATED1, CLAMPED, DEEP, ROWS,
+                    COLUMNS,
+                )  # fmt: skip
+                next_delta = tl.load(delta + ((y0 * Q1 + y1) * Q2 + y2) * heads + head)
+                p0, p1, y0, y1, shown = rows_in_map(
+                    i, q0, q1, row_width, rows, g0, g1, D0, D1, Q0, Q1, DILATED0, DILATED1, CLAMPED, DEEP, ROWS, COLUMNS
+                )
                 queries = load_box(
                     q + head * q_h, y0 * q_0 + y1 * q_1, q_columns, shown, q, DIM, BLOCK_D, ROWS, False, False
                 )
@@ -151,16 +171,17 @@ def na_bwd_dkv_kernel(
                 row_lse = tl.load(lse + at) * 1.4426950408889634
                 if not CLAMPED:
                     row_lse = tl.where(shown & read2, row_lse, float("inf"))
-                row_delta = tl.load(delta + at)
                 start = column
                 if HAS_BIAS:
                     row_m = (p0 * (2 * K1 - 1) + p1) * (T2 * WIDTH)
                     laid_out = bias + (head * kinds + kind) * biases_of_box
-                    start = tl.load(laid_out + bias_n[:, None] + (m2 - row_m)[None, :]).to(tl.float32) * per_scale
+                    start = in_order(tl.load(laid_out + bias_n[:, None] + (m2 - row_m)[None, :]), COLUMNS)
+                    start = start.to(tl.float32) * per_scale
                 if HAS_REL:
-                    here = terms + (at * (2 * TERMS))[:, None] + e
+                    here = terms + ((head * (Q0 * Q1 * Q2) + (y0 * Q1 + y1) * Q2 + y2) * TERMS)[:, None] + e
                     start = product_onto(start, pick1, tl.trans(tl.load(here)), PRECISION)
-                    start = product_onto(start, pick2, tl.trans(tl.load(here + TERMS)), PRECISION)
+                    here += heads * (Q0 * Q1 * Q2) * TERMS
+                    start = product_onto(start, pick2, tl.trans(tl.load(here)), PRECISION)
                 s = product_onto(start, rows_k, tl.trans(queries), PRECISION)
                 if CLAMPED:
                     first0, stop0 = window_of(p0, n0, K0, S0, STEP0, OFF0, CAUSAL0, CLAMPED)
@@ -175,6 +196,7 @@ def na_bwd_dkv_kernel(
                 dp = product_onto(none - row_delta[None, :], rows_v, tl.trans(grads), PRECISION)
                 acc_v = product_onto(acc_v, p.to(grads.dtype), grads, PRECISION)
                 acc_k = product_onto(acc_k, (p * dp).to(queries.dtype), queries, PRECISION)
+                row_delta = next_delta
 
     token = (ky0 * L1 + ky1) * L2 + ky2
     image = b * (L0 * L1 * L2)

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from ..triton_tiles import load_tokens, product_onto
+from ..triton_tiles import as_results_lie, load_tokens, product_onto
 from .triton_bias import kind_of_box
+from .triton_bias_gradient import rows_of_queries
 from .triton_fwd import logits, weights
 from .triton_geometry import HIDDEN, axis_of_tile, coordinate, load_box, on_axis, rows_of_box
 from .triton_position import add_of_terms, position_terms
@@ -13,11 +14,12 @@ from .triton_position import add_of_terms, position_terms
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
                                "heads", "group", "extra", "left", "right", "whole", "kinds"])  # fmt: skip
 def na_bwd_dq_kernel(
-    g, q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, eye, out, lse, grad_lse, delta, dq, all_terms, dterms, pairs,
+    g, q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, picks, out, lse, grad_lse, delta, dq,
+    all_terms, dterms, pairs,
     g_b, g_0, g_1, g_2, g_h, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, left, right, whole, kinds,
     dq_t, dq_h, scale_log2, scale,
-    HAS_GRAD_LSE: tl.constexpr, MANY_PAIRS: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr, SUMS: tl.constexpr, MANY_PAIRS: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     OFF0: tl.constexpr, OFF1: tl.constexpr, OFF2: tl.constexpr,
@@ -28,8 +30,8 @@ def na_bwd_dq_kernel(
     TERMS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
-    FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
+    FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a box of queries; also writes delta, the product of output and its gradient less the gradient of the
     log-sum-exp, per query, with biases the gradients of logits (image, head, query, key of its window), and with
@@ -89,7 +91,11 @@ def na_bwd_dq_kernel(
             ((2 * K0 - 1) * (2 * K1 - 1) + 2 * ROOM) * T2 * WIDTH
         )
         bias_m = OFF + m % T2 * WIDTH + (ROOM - row_m) * (T2 * WIDTH)
-        pairs += (b * heads + head) * (Q0 * Q1 * Q2) * (K0 * K1 * K2)
+        if SUMS > 0:
+            pairs += ((b * heads + head) * (C1 * C2) + c1 * C2 + c2) * (SUMS * 8 * BLOCK_N)
+            pairs += tl.arange(0, 8)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        else:
+            pairs += (b * heads + head) * (Q0 * Q1 * Q2) * (K0 * K1 * K2)
         query = token
         if MANY_PAIRS:
             query = query.to(tl.int64)
@@ -105,10 +111,14 @@ def na_bwd_dq_kernel(
             queries, rel, c1 * T1 % S1, m // T2 % T1, T1, K1, REL_STEP, DIM, BLOCK_D, TERMS, PRECISION
         )
         terms = terms.to(queries.dtype)
-        side_by_side = (at * (2 * TERMS))[:, None] + tl.arange(0, TERMS)[None, :]
-        tl.store(all_terms + side_by_side, terms, mask=there[:, None])
+        row_terms = ((head * (Q0 * Q1 * Q2) + token) * TERMS)[:, None] + tl.arange(0, TERMS)[None, :]
+        column_terms = row_terms + heads * (Q0 * Q1 * Q2) * TERMS
+        tl.store(all_terms + row_terms, terms, mask=there[:, None])
     ROWS: tl.constexpr = BLOCK_N // COLUMNS
+    HIDES: tl.constexpr = ROWS == 1 and (MASK_OUTSIDE or not (FULL0 and FULL1))  # some rows from some queries
     none = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if HELD:
+        queries, grads = as_results_lie(queries), as_results_lie(grads)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for part in range(0, tl.cdiv(w2, COLUMNS)):  # one, unless a row is longer than a step
         u2 = part * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
@@ -131,12 +141,15 @@ def na_bwd_dq_kernel(
             # Those of no key hide pairs from the other kernel.
             least = -6e4 if terms.dtype == tl.float16 else HIDDEN
             columns = tl.maximum(start, least).to(terms.dtype)
-            tl.store(all_terms + side_by_side + TERMS, columns, mask=there[:, None])
+            tl.store(all_terms + column_terms, columns, mask=there[:, None])
             acc_row = tl.zeros([BLOCK_M, TERMS], tl.float32)
             acc_column = none
+        if SUMS > 0:
+            sum0 = tl.zeros([8, BLOCK_N], tl.float32)
+            sum1, sum2 = sum0, sum0
         for i in range(0, tl.cdiv(w0 * w1, ROWS)):
             s, shown, keys, pick, ky0, ky1, inside = logits(
-                i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1,
+                i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, picks, pad_k, k_0, k_1,
                 L0, L1, D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
                 DILATED0, DILATED1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D,
                 PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS, TERMS,
@@ -144,9 +157,13 @@ def na_bwd_dq_kernel(
             values = load_box(
                 v, ky0 * v_0 + ky1 * v_1, v_columns, inside, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
             )
-            p = weights(s, shown, row_lse, scale_log2, ROWS)
+            p = weights(s, shown, row_lse, scale_log2, HIDES)
             ds = p * product_onto(none - row_delta[:, None], grads, tl.trans(values), PRECISION)
-            if HAS_BIAS:
+            if SUMS > 0:
+                row0, row1, row2, row3 = rows_of_queries(ds)
+                tl.store(pairs + i * (8 * BLOCK_N), (sum2 + row3).to(pairs.dtype.element_ty))
+                sum0, sum1, sum2 = row0, sum0 + row1, sum1 + row2
+            elif HAS_BIAS:
                 t0, t1, _ = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
                 slots = slot_m[:, None] + ((t0 * K1 + t1) * K2 + start2 + u2)[None, :]
                 if ROWS == 1 and not (FULL0 and FULL1):
@@ -154,11 +171,16 @@ def na_bwd_dq_kernel(
                 tl.store(pairs + slots, ds.to(pairs.dtype.element_ty), mask=shown & seen2 & there[:, None])
             acc = product_onto(acc, ds.to(keys.dtype), keys, PRECISION)
             if HAS_REL:
-                acc_row = product_onto(acc_row, ds.to(pick.dtype), pick, PRECISION)
+                acc_row = product_onto(acc_row, ds.to(pick.dtype), tl.trans(pick), PRECISION)
                 acc_column += ds
+        if SUMS > 0:
+            pairs += w1 * (8 * BLOCK_N)
+            tl.store(pairs, sum2.to(pairs.dtype.element_ty))
+            tl.store(pairs + 8 * BLOCK_N, sum1.to(pairs.dtype.element_ty))
+            tl.store(pairs + 16 * BLOCK_N, sum0.to(pairs.dtype.element_ty))
         if HAS_REL:
-            tl.store(dterms + side_by_side, acc_row.to(dterms.dtype.element_ty), mask=there[:, None])
-            tl.store(dterms + side_by_side + TERMS, acc_column.to(dterms.dtype.element_ty), mask=there[:, None])
+            tl.store(dterms + row_terms, acc_row.to(dterms.dtype.element_ty), mask=there[:, None])
+            tl.store(dterms + column_terms, acc_column.to(dterms.dtype.element_ty), mask=there[:, None])
             acc = add_of_terms(
                 acc * scale, acc_row, rel, c1 * T1 % S1, m // T2 % T1, T1, K1, REL_STEP, DIM, BLOCK_D, TERMS, PRECISION
             )

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta, unit_stride
-from ..triton_tiles import LOG2E, load_tokens, power_of_2, product_onto
-from .triton_bias import BiasRows, bias_rows, kind_of_box
+from ..triton_tiles import LOG2E, as_results_lie, load_tokens, power_of_2, product_onto
+from .triton_bias import BiasRows, bias_rows, in_order, kind_of_box
 from .triton_geometry import (
     HIDDEN,
     across,
@@ -27,14 +27,14 @@ from .triton_geometry import (
     rows_of_box,
     rows_seen,
 )
-from .triton_position import EYE_OFF, identity, position_terms, room_for_terms
+from .triton_position import PICKERS_OFF, pickers, position_terms, room_for_terms
 from .triton_tiling import Windows, query_tiling
 
 
 @triton.jit
 def logits(
-    i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1, L0, L1, D0, D1,
-    g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
+    i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, picks, pad_k, k_0, k_1, L0, L1,
+    D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
     DILATED0: tl.constexpr, DILATED1: tl.constexpr, K1: tl.constexpr, CLAMPED: tl.constexpr,
     OUTSIDE: tl.constexpr, MASK_OUTSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     HAS_REL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DEEP: tl.constexpr,
@@ -58,12 +58,13 @@ def logits(
     keys = load_box(k, ky0 * k_0 + ky1 * k_1, k_columns, inside, pad_k, DIM, BLOCK_D, ROWS, OUTSIDE, HAS_PAD)
     if HAS_BIAS:
         row_n = (t0 * (2 * K1 - 1) + t1) * ROW_OF_BIAS
-        start = tl.load(bias + bias_m[:, None] + (row_n + u2)[None, :]).to(tl.float32) * per_scale
+        start = in_order(tl.load(bias + bias_m[:, None] + (row_n + u2)[None, :]), COLUMNS).to(tl.float32) * per_scale
     s = product_onto(start, queries, tl.trans(keys), PRECISION)
     pick = keys
-    if HAS_REL:  # the row's term, by the row of the identity that picks it
-        pick = tl.load(eye + EYE_OFF + i * TERMS + (u2 * 0)[:, None] + tl.arange(0, TERMS)[None, :])
-        s = product_onto(s, terms, tl.trans(pick), PRECISION)
+    if HAS_REL:  # the row's term
+        t, n = tl.arange(0, TERMS)[:, None], tl.arange(0, TERMS)[None, :]
+        pick = tl.load(picks + PICKERS_OFF + (TERMS * TERMS + (TERMS - 1 - i) * TERMS) + t * TERMS + n)
+        s = product_onto(s, terms, pick, PRECISION)
     shown = rows_seen(
         across(shown, ROWS), across(t0, ROWS), across(t1, ROWS), down(first0, ROWS), down(stop0, ROWS),
         down(first1, ROWS), down(stop1, ROWS), FULL0, FULL1,
@@ -74,9 +75,10 @@ def logits(
 
 
 @triton.jit
-def weights(s, shown, less, scale_log2, ROWS: tl.constexpr):
-    """Exponentials of the logits of a step less `less`, which is in units of the exponent."""
-    if ROWS == 1:
+def weights(s, shown, less, scale_log2, HIDES: tl.constexpr):
+    """Exponentials of the logits of a step less `less`, which is in units of the exponent. `HIDES`: queries that do not
+    see the row are not yet hidden."""
+    if HIDES:
         less = tl.where(shown, less, float("inf"))
     return tl.exp2(s * scale_log2 - less[:, None])
 
@@ -84,7 +86,7 @@ def weights(s, shown, less, scale_log2, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "L0", "L1", "L2", "D0", "D1", "D2", "C0", "C1", "C2", "N0", "N1", "N2",
                                "heads", "group", "extra", "left", "right", "whole", "kinds"])  # fmt: skip
 def na_fwd_kernel(
-    q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, eye, out, lse,
+    q, k, v, bias, extra_k, extra_v, pad_k, pad_v, rel, picks, out, lse,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     Q0, Q1, Q2, L0, L1, L2, D0, D1, D2, C0, C1, C2, N0, N1, N2, heads, group, extra, left, right, whole, kinds,
     scale_log2,
@@ -98,8 +100,8 @@ def na_fwd_kernel(
     TERMS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
-    FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
+    FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)  # heads vary fastest: they share cache lines
     head = pid % heads
@@ -152,6 +154,9 @@ def na_fwd_kernel(
         )
         terms = terms.to(queries.dtype)
     ROWS: tl.constexpr = BLOCK_N // COLUMNS
+    HIDES: tl.constexpr = ROWS == 1 and (MASK_OUTSIDE or not (FULL0 and FULL1))  # some rows from some queries
+    if HELD:
+        queries = as_results_lie(queries)
     # The largest logit in units of the exponent, as rounded as it is used: sums of different ones must fit together.
     # It starts far above hidden keys, so that rounding cannot make something of them.
     top = tl.full([BLOCK_M], -1e20, tl.float32)
@@ -177,18 +182,18 @@ def na_fwd_kernel(
             )  # fmt: skip
         for i in range(0, tl.cdiv(w0 * w1, ROWS)):
             s, shown, _keys, _pick, ky0, ky1, inside = logits(
-                i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, eye, pad_k, k_0, k_1,
+                i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, picks, pad_k, k_0, k_1,
                 L0, L1, D0, D1, g0, g1, start0, start1, w0, w1, first0, stop0, first1, stop1,
                 DILATED0, DILATED1, K1, CLAMPED, OUTSIDE, MASK_OUTSIDE, HAS_BIAS, HAS_PAD, HAS_REL, DIM, BLOCK_D,
                 PRECISION, DEEP, FULL0, FULL1, T2 * WIDTH, ROWS, COLUMNS, TERMS,
             )  # fmt: skip
             highest = tl.max(s, 1) * scale_log2
-            if ROWS == 1:
+            if HIDES:
                 highest = tl.where(shown, highest, HIDDEN)
             less = tl.maximum(top, highest)
             alpha = tl.exp2(top - less)
             top = less
-            p = weights(s, shown, less, scale_log2, ROWS)
+            p = weights(s, shown, less, scale_log2, HIDES)
             total = total * alpha[:, None] + p
             values = load_box(
                 v, ky0 * v_0 + ky1 * v_1, v_columns, inside, pad_v, DIM_V, BLOCK_DV, ROWS, OUTSIDE, HAS_PAD
@@ -305,8 +310,8 @@ def forward(
         dot_precision(q.dtype),
     )  # fmt: skip
     rows = q if bias is None or table.rows is None else table.rows(bias)
-    eye = q if rel is None else identity(q, room_for_terms(windows))
-    launch(q, k, v, rows, *(q if x is None else x for x in optional[1:]), eye, out, lse)
+    picks = q if rel is None else pickers(q, room_for_terms(windows))
+    launch(q, k, v, rows, *(q if x is None else x for x in optional[1:]), picks, out, lse)
     return out, lse
 
 

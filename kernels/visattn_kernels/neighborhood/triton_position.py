@@ -21,31 +21,65 @@ from ..triton_support import Launch, dot_precision, meta
 from ..triton_tiles import power_of_2
 from .triton_tiling import Windows
 
-EYE_OFF = tl.constexpr(4)
-"""Where the identity matrix starts, in elements: in 16 bits not at a multiple of 16 bytes, so that its rows, which all
-programs want, come through the L1 cache (see ``triton_bias``)."""
+PICKERS_OFF = tl.constexpr(4)
+"""Where the matrices that pick terms start, in elements: in 16 bits not at a multiple of 16 bytes, so that what all
+programs want comes through the L1 cache (see ``triton_bias``)."""
 MOST_BYTES = 1 << 26
 """Position terms, and their gradients, in memory at a time; more images than these hold take several turns."""
 
 
 @triton.jit
-def embeddings(table, place, K: tl.constexpr, REL_STEP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-               COUNT: tl.constexpr):  # fmt: skip
-    """Embeddings (COUNT, BLOCK_D) that queries at `place` of a block read, one per key of an axis."""
-    u, d = tl.arange(0, COUNT), tl.arange(0, BLOCK_D)
-    at = (u + (K - 1 - REL_STEP * place)) * DIM
-    return tl.load(table + at[:, None] + d[None, :], mask=(u < K)[:, None] & (d < DIM)[None, :], other=0.0)
+def embeddings(table, first, K: tl.constexpr, REL_STEP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+               COUNT: tl.constexpr, PLACES: tl.constexpr, ALL: tl.constexpr):  # fmt: skip
+    """Embeddings (PLACES * COUNT, BLOCK_D) that queries at each place of a block from `first` on read, one per key of
+    an axis. Unless `ALL`, some places may lie past the block."""
+    i, d = tl.arange(0, PLACES * COUNT), tl.arange(0, BLOCK_D)
+    u = i % COUNT
+    row = u - REL_STEP * (i // COUNT) + (K - 1 - REL_STEP * first)
+    there = u < K
+    if not ALL:
+        there = there & (row >= 0)
+    return tl.load(table + (row * DIM)[:, None] + d[None, :], mask=there[:, None] & (d < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def of_own_place(terms, place, P: tl.constexpr):
+    """Of terms (queries, P * COUNT) those (queries, COUNT) of the place where each query stands: 0 to P - 1."""
+    M: tl.constexpr = terms.shape[0]
+    COUNT: tl.constexpr = terms.shape[1] // P
+    terms = terms.reshape([M, P, COUNT]).permute(0, 2, 1)
+    for bit in tl.static_range(3):
+        if P >> bit > 1:  # registers only: a choice between two of them per bit
+            even, odd = tl.split(terms.reshape([M, COUNT, P >> (bit + 1), 2]))
+            terms = tl.where((place >> bit & 1)[:, None, None] == 1, odd, even)
+    return terms.reshape([M, COUNT])
+
+
+@triton.jit
+def at_own_place(terms, place, P: tl.constexpr):
+    """Terms (queries, COUNT) where :func:`of_own_place` takes them from, in zeros."""
+    M: tl.constexpr = terms.shape[0]
+    COUNT: tl.constexpr = terms.shape[1]
+    for bit in tl.static_range(3):
+        if P >> bit > 1:
+            terms = tl.join(terms, terms)
+    terms = terms.reshape([M, COUNT, P]).permute(0, 2, 1).reshape([M, P * COUNT])
+    return tl.where((tl.arange(0, P * COUNT) // COUNT)[None, :] == place[:, None], terms, 0.0)
 
 
 @triton.jit
 def position_terms(queries, table, first, local, T: tl.constexpr, K: tl.constexpr, REL_STEP: tl.constexpr,
                    DIM: tl.constexpr, BLOCK_D: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Position terms (queries, COUNT) of an axis, where the tile starts at place `first` and holds T of them."""
-    terms = tl.dot(queries, tl.trans(embeddings(table, first, K, REL_STEP, DIM, BLOCK_D, COUNT)),
-                   input_precision=PRECISION)  # fmt: skip
-    for j in tl.static_range(1, T):
-        rows = embeddings(table, first + j, K, REL_STEP, DIM, BLOCK_D, COUNT)
-        terms = tl.where((local == j)[:, None], tl.dot(queries, tl.trans(rows), input_precision=PRECISION), terms)
+    P: tl.constexpr = 1 if T == 1 or COUNT > 64 else 2 if T == 2 or COUNT == 64 else 4 if T <= 4 or COUNT == 32 else 8
+    terms = tl.zeros([queries.shape[0], COUNT], tl.float32)
+    for j in tl.static_range(0, T, P):
+        rows = embeddings(table, first + j, K, REL_STEP, DIM, BLOCK_D, COUNT, P, T % P == 0)
+        these = of_own_place(tl.dot(queries, tl.trans(rows), input_precision=PRECISION), local - j, P)
+        if j == 0:
+            terms = these
+        else:
+            terms = tl.where((local >= j)[:, None], these, terms)
     return terms
 
 
@@ -53,10 +87,11 @@ def position_terms(queries, table, first, local, T: tl.constexpr, K: tl.constexp
 def add_of_terms(acc, grads, table, first, local, T: tl.constexpr, K: tl.constexpr, REL_STEP: tl.constexpr,
                  DIM: tl.constexpr, BLOCK_D: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Gradients of queries, with what those of an axis' position terms (queries, COUNT) add to them."""
-    for j in tl.static_range(T):
-        rows = embeddings(table, first + j, K, REL_STEP, DIM, BLOCK_D, COUNT)
-        of_place = tl.where((local == j)[:, None], grads, 0.0).to(rows.dtype)
-        acc = tl.dot(of_place, rows, acc, input_precision=PRECISION)
+    P: tl.constexpr = 1 if T == 1 or COUNT > 64 else 2 if T == 2 or COUNT == 64 else 4 if T <= 4 or COUNT == 32 else 8
+    for j in tl.static_range(0, T, P):
+        rows = embeddings(table, first + j, K, REL_STEP, DIM, BLOCK_D, COUNT, P, T % P == 0)
+        of_places = at_own_place(grads, local - j, P).to(rows.dtype)
+        acc = tl.dot(of_places, rows, acc, input_precision=PRECISION)
     return acc
 
 
@@ -85,8 +120,8 @@ def na_bwd_places_kernel(
         there = (b < images) & (x < Q2) & (y < Q1)
         at = b.to(tl.int64) * q_b + (y * q_1 + x * q_2 + head * q_h)
         queries = tl.load(q + at[:, None] + d[None, :], mask=there[:, None] & (d < DIM)[None, :], other=0.0)
-        at = ((b.to(tl.int64) * Q1 + y) * Q2 + x) * heads + head
-        terms = tl.load(grads + (at * (2 * COUNT) + axis * COUNT)[:, None] + u[None, :], mask=there[:, None], other=0.0)
+        at = (((b.to(tl.int64) * 2 + axis) * heads + head) * Q1 + y) * Q2 + x
+        terms = tl.load(grads + (at * COUNT)[:, None] + u[None, :], mask=there[:, None], other=0.0)
         acc = tl.dot(tl.trans(terms), queries, acc, input_precision=PRECISION)
     to = sums + (((chunk * 2 + axis) * S + place) * COUNT + u[:, None]) * DIM + d[None, :]
     tl.store(to, acc, mask=(d < DIM)[None, :])
@@ -120,25 +155,28 @@ def room_for_terms(windows: Windows) -> int:
 
 
 @triton.jit
-def na_identity_kernel(eye, N: tl.constexpr, OFF: tl.constexpr):
-    """The identity matrix (N, N), from element OFF on."""
-    i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
-    tl.store(eye + OFF + i * N + j, (i == j).to(eye.dtype.element_ty))
+def na_pickers_kernel(pickers, N: tl.constexpr, OFF: tl.constexpr):
+    """The matrices of :func:`pickers`, from element OFF on."""
+    i, j = tl.arange(0, 2 * N)[:, None], tl.arange(0, N)[None, :]
+    tl.store(pickers + OFF + i * N + j, (i == j).to(pickers.dtype.element_ty), mask=i < N)
+    row_of_ones = (i + j * 0 == N - 1).to(pickers.dtype.element_ty)
+    tl.store(pickers + OFF + N * N + i * N + j, row_of_ones, mask=i < 2 * N - 1)
 
 
 @functools.lru_cache(64)
-def _identity_plan(eye: Any, n: int) -> Launch:
-    return Launch(na_identity_kernel, 1, (), {"N": n, "OFF": EYE_OFF.value})
+def _pickers_plan(out: Any, n: int) -> Launch:
+    return Launch(na_pickers_kernel, 1, (), {"N": n, "OFF": PICKERS_OFF.value})
 
 
-def identity(like: Tensor, n: int) -> Tensor:
-    """The identity matrix (n, n) in dtype and on the device of `like`, from element `EYE_OFF` on.
+def pickers(like: Tensor, n: int) -> Tensor:
+    """What picks terms in products, from element `PICKERS_OFF` on, like `like`: the identity matrix (n, n), a row per
+    term, and 2 n - 1 rows of n, zeros but for the middle one. The n rows from n - 1 - i on pick term i for n keys.
 
     Made anew in every call: a CUDA graph may own the memory of whatever is made while it is recorded.
     """
-    eye = torch.empty(EYE_OFF.value + n * n, dtype=like.dtype, device=like.device)
-    _identity_plan(meta(eye), n)(eye)
-    return eye
+    out = torch.empty(PICKERS_OFF.value + n * n + (2 * n - 1) * n, dtype=like.dtype, device=like.device)
+    _pickers_plan(meta(out), n)(out)
+    return out
 
 
 class TablePlan(NamedTuple):
@@ -175,7 +213,7 @@ def _plan(q: Any, tables: Any, terms: int, windows: Windows, precision: str) -> 
 def table_gradients(q: Tensor, grads: Tensor, tables: Tensor, terms: int, windows: Windows) -> Tensor:
     """Gradient (2, entries, dim), float32, of the tables from those of the terms of some images.
 
-    `grads` (B, *map, heads, terms) holds those of the rows of keys, then those of the columns, each rounded up.
+    `grads` (B, 2, heads, *map, terms / 2) holds those of the rows of keys, then those of the columns, rounded up.
     """
     plan = _plan(meta(q), meta(tables), terms, windows, dot_precision(q.dtype))
     sums = torch.empty(plan.elements, dtype=torch.float32, device=q.device)

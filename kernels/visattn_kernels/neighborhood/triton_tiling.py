@@ -80,6 +80,10 @@ class Tiling(NamedTuple):
     stages: int
     registers: int | None = None
     """Most per thread, so that more programs run at once."""
+    in_registers: bool = False
+    """Whether operands of products that are the same in all steps stay in registers."""
+    sums: int = 0
+    """Rows of sums that gradients of logits leave, see ``triton_bias_gradient``; 0 where each is left."""
 
     @property
     def programs(self) -> int:
@@ -88,9 +92,9 @@ class Tiling(NamedTuple):
 
     def constants(self, of_keys: bool = False) -> dict[str, Any]:
         """The ``constexpr`` arguments that the kernels end with."""
-        names = ("T0", "T1", "T2", "DEEP", "FULL0", "FULL1", "FULL2", "BLOCK_M", "BLOCK_N", "COLUMNS")
+        names = ("T0", "T1", "T2", "DEEP", "FULL0", "FULL1", "FULL2", "HELD", "BLOCK_M", "BLOCK_N", "COLUMNS")
         m, n = (self.step, self.held) if of_keys else (self.held, self.step)
-        return dict(zip(names, (*self.box, self.deep, *self.full, m, n, self.columns)))
+        return dict(zip(names, (*self.box, self.deep, *self.full, self.in_registers, m, n, self.columns)))
 
 
 class Cut(NamedTuple):
@@ -202,27 +206,33 @@ def query_tiling(
     large = math.prod(windows.kernel_size) >= 256
     # Windows that many queries share, and wide heads, fill large tiles; others are best met by one warp.
     most = 64 if not exact and not rel and (wide or shared) else 32
+
+    def cut(size: int, a: int) -> Cut:
+        return _cut_queries(size, groups[a], max(keys[a], windows.kernel_size[a]), windows, a)
+
     options = [
-        [
-            _cut_queries(size, n, max(keys[a], windows.kernel_size[a]), windows, a)
-            for size in _sizes(n, windows.stride[a], most)
-            if size <= windows.stride[a] or not rel
-        ]
+        [cut(size, a) for size in _sizes(n, windows.stride[a], most) if size <= windows.stride[a] or not rel]
         for a, n in enumerate(groups)
     ]
     cuts, steps, widest = _least_work(options, most, 16 if exact else 64 if wide and not large else 32)
     if rel:
         row = power_of_2(windows.kernel_size[2])
-        return _tiling(q_grid, groups, windows, cuts, Steps(row, row), 1, 3, 168 if dim <= 32 and not exact else None)
+        registers = 168 if dim <= 16 or (dim <= 32 and not backward) else None
+        way = _tiling(q_grid, groups, windows, cuts, Steps(row, row), 1, 3, None if exact else registers)
+        return way._replace(in_registers=not exact)
+    if backward and bias and not shared and not wide and _can_sum(windows, groups):
+        four_by_eight = (cut(1, 0), cut(4, 1), cut(8, 2))
+        registers = 168 if dim <= 32 and not exact else None
+        way = _tiling(q_grid, groups, windows, four_by_eight, Steps(16, 16), 2 if exact else 1, 3, registers)
+        return way._replace(sums=max(four_by_eight[1].widths) + 3)
     if exact:
         return _tiling(q_grid, groups, windows, cuts, steps, 2, 2)
     if wide:
         return _tiling(q_grid, groups, windows, cuts, steps, 4, 3 if large else 2)
     short = _steps(widest, 16)
     if backward and dim <= 32 and windows.clamped:
-        return _tiling(
-            q_grid, groups, windows, cuts, short, 2 if shared and bias else 1, 3, 168 if shared or bias else 128
-        )
+        way = _tiling(q_grid, groups, windows, cuts, short, 2 if shared and bias else 1, 3, 168)
+        return way._replace(in_registers=not shared)
     if backward:
         return _tiling(q_grid, groups, windows, cuts, steps, 4 if shared else 1, 2)
     if dim > 32:
@@ -232,6 +242,11 @@ def query_tiling(
         q_grid, groups, windows, cuts, short, 2 if shared else 1, 3 if bias else 4,
         registers if windows.clamped else None,
     )  # fmt: skip
+
+
+def _can_sum(windows: Windows, groups: list[int]) -> bool:
+    """Whether 4 x 8 queries see rows of at most 16 keys, and groups of tokens are not much smaller than that."""
+    return groups[0] == 1 and groups[1] > 4 and groups[2] > 4 and windows.kernel_size[2] <= 9
 
 
 def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
@@ -261,7 +276,7 @@ def key_tiling(grid: Triple, windows: Windows, dim: int, itemsize: int, padded: 
         large = math.prod(windows.kernel_size) >= 256
         return _tiling(grid, groups, windows, cuts, steps, warps, 3 if wide and large else 2)
     if rel and not exact:
-        most, step, warps = 64, 32, 1 if dim <= 16 else 2
+        most, step, warps = 64, 32, 1 if dim <= 16 else 2 if dim <= 32 else 4
     # From the start of one window to that of the next, so that few windows share a box; halved until it fits.
     box = list(windows.step)
     while math.prod(box) > most:
@@ -270,7 +285,7 @@ def key_tiling(grid: Triple, windows: Windows, dim: int, itemsize: int, padded: 
     groups = [(math.ceil(n / s) * s if padded else n) + o for n, s, o in zip(grid, windows.step, windows.offset)]
     cuts = tuple(Cut(size, {n: 1}, True) for size, n in zip(box, windows.stride))
     steps = _steps(windows.stride, step if rel else 16)
-    return _tiling((grid[0], 1, 1), groups, windows, cuts, steps, warps, 2 if rel else 3)
+    return _tiling((grid[0], 1, 1), groups, windows, cuts, steps, warps, 3)
 
 
 def _cut_keys(size: int, n: int, windows: Windows, a: int) -> Cut:

@@ -1,0 +1,184 @@
+"""Gradient of relative position biases in the fused kernels.
+
+The kernel of queries' gradients leaves those of logits, which are summed over images and by offset, always in the same
+order. Where a box has 4 x 8 queries (``Tiling.sums``) it leaves sums over its rows: a row of queries is as far from a
+row of keys as the one before was from the row of keys before, so that sums move on by a row of queries per step.
+Products leave each row of queries in registers of its own, and all this costs is additions.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_support import Launch, meta
+from ..triton_tiles import power_of_2
+from .triton_geometry import axis_of_tile, members_of, window_of
+from .triton_tiling import Tiling, Windows
+
+FAR = 1 << 31
+"""Offsets from here on are computed in 64 bits."""
+MOST_BYTES = 1 << 28
+"""Gradients of logits in memory at a time; more images than these hold take several turns."""
+
+
+@triton.jit
+def rows_of_queries(x):
+    """The four rows (8, n) of queries of a tile (32, n)."""
+    N: tl.constexpr = x.shape[1]
+    even, odd = tl.split(x.reshape([4, 8, N]).permute(1, 2, 0).reshape([8, N, 2, 2]))
+    row0, row2 = tl.split(even)
+    row1, row3 = tl.split(odd)
+    return row0, row1, row2, row3
+
+
+@triton.jit(do_not_specialize=["Q", "L", "D", "chunks"])
+def na_fold_kernel(
+    pairs, out, Q, L, D, chunks,
+    A: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr, C: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum over the queries of an axis, by offset: (outer, Q, A, K, C) to (outer, A, 2 * K - 1, C)."""
+    OFFSETS: tl.constexpr = 2 * K - 1
+    outer = (tl.program_id(0) // chunks).to(tl.int64)
+    j = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
+    pairs += outer * Q * (A * K * C)
+    offset = j // C % OFFSETS
+    there = j < A * OFFSETS * C
+    lane = (j // (OFFSETS * C) * K + offset) * C + j % C
+    acc = tl.zeros([BLOCK_Q, BLOCK], tl.float32)
+    for start in range(0, Q, BLOCK_Q):
+        y = start + tl.arange(0, BLOCK_Q)
+        p = y // D
+        first, stop = window_of(p, tl.maximum(members_of(y % D, L, D), K), K, S, 1, 0, CAUSAL, True)
+        shift = first - p + K - 1
+        key = offset[None, :] - shift[:, None]
+        seen = there[None, :] & (y < Q)[:, None] & (key >= 0) & (key < (stop - first)[:, None])
+        if FAR:
+            y = y.to(tl.int64)
+        at = (y * (A * K * C) - shift * C)[:, None] + lane[None, :]
+        acc += tl.load(pairs + at, mask=seen, other=0.0).to(tl.float32)
+    tl.store(out + outer * (A * OFFSETS * C) + j, tl.sum(acc, 0), mask=there)
+
+
+@functools.lru_cache(4096)
+def _folds(pairs: Any, grid: Any, windows: Windows) -> list[tuple[Launch, int]]:
+    """The launches that sum gradients of logits (1, heads, *q_grid, *kernel_size) with this :func:`meta`, and elements
+    of their sums."""
+    heads, *q_grid = pairs[0][1:5]
+    folds, inner = [], 1
+    for a in (2, 1, 0):
+        k = windows.kernel_size[a]
+        outer, keys = heads * math.prod(q_grid[:a]), math.prod(windows.kernel_size[:a])
+        lanes = keys * (2 * k - 1) * inner
+        if q_grid[a] > 1 or k > 1:
+            chunks = triton.cdiv(lanes, 128)
+            launch = Launch(
+                na_fold_kernel, outer * chunks, (q_grid[a], grid[a], windows.dilation[a], chunks),
+                {"A": keys, "K": k, "S": windows.stride[a], "CAUSAL": windows.is_causal[a], "C": inner,
+                 "FAR": q_grid[a] * keys * k * inner >= FAR, "BLOCK_Q": 16, "BLOCK": 128},
+            )  # fmt: skip
+            folds.append((launch, outer * lanes))
+        inner *= 2 * k - 1
+    return folds
+
+
+@triton.jit(do_not_specialize=["Q1", "Q2", "L1", "L2", "D1", "D2", "C1", "C2", "N1", "N2", "heads", "chunks", "images"])
+def na_fold_boxes_kernel(
+    sums, out, Q1, Q2, L1, L2, D1, D2, C1, C2, N1, N2, heads, chunks, images,
+    K1: tl.constexpr, K2: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr, SUMS: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr,
+    OFFSETS: tl.constexpr,
+):  # fmt: skip
+    """Sum a row of the table's gradient over some boxes of some images, by offset: (images, heads, boxes, SUMS, 8, 16)
+    to (parts, heads, table)."""
+    row = tl.program_id(0) % (2 * K1 - 1)
+    head = tl.program_id(0) // (2 * K1 - 1) % heads
+    part = tl.program_id(0) // (2 * K1 - 1) // heads
+    j = part % chunks * BLOCK + tl.arange(0, BLOCK)
+    box, local = j // 8, j % 8
+    _, p1, _, _, _, start1, w1 = axis_of_tile(
+        box // C2, N1, D1, Q1, L1, j * 0, 4, K1, S1, 1, 0, CAUSAL1, True, True, True
+    )
+    _, p2, _, _, _, start2, _ = axis_of_tile(
+        box % C2, N2, D2, Q2, L2, local, 8, K2, S2, 1, 0, CAUSAL2, True, True, True
+    )
+    place = row - (K1 - 1) + p1 - start1 + 3
+    there = (box < C1 * C2) & (w1 > 0) & (place >= 0) & (place < w1 + 3)
+    column = tl.arange(0, OFFSETS)
+    u = column[None, :] - (K2 - 1) + (p2 - start2)[:, None]
+    seen = there[:, None] & (u >= 0) & (u < 16) & (column < 2 * K2 - 1)[None, :]
+    at = sums + (((head * (C1 * C2) + box).to(tl.int64) * SUMS + place) * 8 + local)[:, None] * 16 + u
+    image = heads.to(tl.int64) * (C1 * C2) * (SUMS * 8 * 16)
+    acc = tl.zeros([BLOCK, OFFSETS], tl.float32)
+    first = part // chunks * IMAGES
+    for b in range(first, tl.minimum(first + IMAGES, images)):
+        acc += tl.load(at + b * image, mask=seen, other=0.0).to(tl.float32)
+    to = out + (part * heads + head) * ((2 * K1 - 1) * (2 * K2 - 1)) + row * (2 * K2 - 1) + column
+    tl.store(to, tl.sum(acc, 0), mask=column < 2 * K2 - 1)
+
+
+class BiasGradient(NamedTuple):
+    """What the kernel of queries' gradients leaves for that of a table.
+
+    Attributes:
+        shape: Gradients of logits of an image, or their sums.
+        of_table: From those of some images (images, *shape) the gradient of the table, float32.
+        constants: ``SUMS``: rows of sums per box, 0 for gradients of all logits; ``MANY_PAIRS``: whether their offsets
+            inside an image have 64 bits.
+    """
+
+    shape: tuple[int, ...]
+    of_table: Callable[[Tensor], Tensor]
+    constants: dict[str, Any]
+
+
+def bias_gradient(heads: int, q_grid: Any, grid: Any, windows: Windows, way: Tiling) -> BiasGradient:
+    """How the gradient of a table comes from the kernel of queries' gradients with this tiling."""
+    if way.sums:
+        sum_boxes = functools.partial(_sum_boxes, q_grid=q_grid, grid=grid, windows=windows, way=way)
+        return BiasGradient((heads, way.programs, way.sums, 8, 16), sum_boxes, {"SUMS": way.sums, "MANY_PAIRS": False})
+    many = math.prod(q_grid) * math.prod(windows.kernel_size) >= FAR
+    sum_all = functools.partial(_sum_all, grid=grid, windows=windows)
+    return BiasGradient((heads, *q_grid, *windows.kernel_size), sum_all, {"SUMS": 0, "MANY_PAIRS": many})
+
+
+def _sum_all(pairs: Tensor, grid: Any, windows: Windows) -> Tensor:
+    if len(pairs) > 1:
+        pairs = pairs.sum(0, keepdim=True, dtype=torch.float32)
+    for launch, elements in _folds(meta(pairs), grid, windows):
+        sums = torch.empty(elements, dtype=torch.float32, device=pairs.device)
+        launch(pairs, sums)
+        pairs = sums
+    return pairs
+
+
+@functools.lru_cache(4096)
+def _fold_of_boxes(
+    images: int, heads: int, q_grid: Any, grid: Any, windows: Windows, way: Tiling
+) -> tuple[Launch, tuple[int, int]]:
+    """The launch that sums the sums of boxes, and the shape of its parts."""
+    k1, k2 = windows.kernel_size[1:]
+    block, at_once = 64, 16
+    chunks = triton.cdiv(way.programs * 8, block)
+    parts = chunks * triton.cdiv(images, at_once)
+    launch = Launch(
+        na_fold_boxes_kernel, parts * heads * (2 * k1 - 1),
+        (*q_grid[1:], *grid[1:], *windows.dilation[1:], *way.counts[1:], *way.tiles[1:], heads, chunks, images),
+        {"K1": k1, "K2": k2, "S1": windows.stride[1], "S2": windows.stride[2], "CAUSAL1": windows.is_causal[1],
+         "CAUSAL2": windows.is_causal[2], "SUMS": way.sums, "IMAGES": at_once, "BLOCK": block,
+         "OFFSETS": power_of_2(2 * k2 - 1)},
+    )  # fmt: skip
+    return launch, (parts, heads * (2 * k1 - 1) * (2 * k2 - 1))
+
+
+def _sum_boxes(pairs: Tensor, q_grid: Any, grid: Any, windows: Windows, way: Tiling) -> Tensor:
+    launch, shape = _fold_of_boxes(len(pairs), pairs.shape[1], q_grid, grid, windows, way)
+    sums = torch.empty(shape, dtype=torch.float32, device=pairs.device)
+    launch(pairs, sums)
+    return sums.sum(0)
