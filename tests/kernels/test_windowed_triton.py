@@ -59,6 +59,12 @@ CASES = {
         "grid": (3, 25),
         "geometry": ([2, 5], [1, 1], [1, 2], [False, False]),
     },
+    "sums of biases, wide": {
+        "bias": True,
+        "B": 1,
+        "grid": (20, 15),
+        "geometry": ([5, 12], [1, 1], [1, 1], [False, False]),
+    },
     "sums of biases": {"bias": True, "B": 2, "grid": (13, 21), "geometry": ([7, 5], [1, 1], [1, 2], [False, False])},
     "sums of biases, causal": {
         "bias": True,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_support import Launch
-from .triton_geometry import axis_of_keys, axis_of_tile, window_of
+from .triton_geometry import HIDDEN, axis_of_keys, axis_of_tile, window_of
 from .triton_tiling import Tiling, Windows
 
 
@@ -32,25 +32,25 @@ def kind_of_box(c, tiles, left, right, whole):
 
 
 @triton.jit
-def in_order(x, COLUMNS: tl.constexpr):
-    """Biases of a step as they were read, in the order of their tokens.
+def start_of_logits(biases, per_scale, COLUMNS: tl.constexpr):
+    """Biases of a step as they were read, over the scale and in the order of their tokens.
 
     In rows of 16 those that tensor cores want in one thread lie side by side: 0, 1, 8, 9, then 2, 3, 10, 11, and so on.
-    Threads then keep what they read.
+    Threads then keep what they read, and float32 costs nothing but its reading. Others save that.
     """
     if COLUMNS % 16 == 0:
-        M: tl.constexpr = x.shape[0]
-        N: tl.constexpr = x.shape[1]
-        x = x.reshape([M, N // 16, 4, 2, 2]).permute(0, 1, 3, 2, 4).reshape([M, N])
-    return x
+        M: tl.constexpr = biases.shape[0]
+        N: tl.constexpr = biases.shape[1]
+        return biases.reshape([M, N // 16, 4, 2, 2]).permute(0, 1, 3, 2, 4).reshape([M, N])
+    else:
+        return biases.to(tl.float32) * per_scale
 
 
 @triton.jit(do_not_specialize=["Q2", "L2", "D2", "N2", "left", "right", "whole", "kinds", "chunks"])
 def na_bias_rows_kernel(
-    bias, rows, Q2, L2, D2, N2, left, right, whole, kinds, chunks,
+    bias, rows, Q2, L2, D2, N2, left, right, whole, kinds, chunks, per_scale,
     K2: tl.constexpr, S2: tl.constexpr, CAUSAL2: tl.constexpr, T2: tl.constexpr, COUNT: tl.constexpr,
-    ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr, BY_FOURS: tl.constexpr, OF_KEYS: tl.constexpr,
-    LOWEST: tl.constexpr, BLOCK: tl.constexpr,
+    ROOM: tl.constexpr, WIDTH: tl.constexpr, BY_FOURS: tl.constexpr, OF_KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Lay out the table (heads, COUNT, 2 * K2 - 1) for every kind of box: (heads, kinds, rows, T2, WIDTH)."""
     chunk = tl.program_id(0) % chunks
@@ -63,7 +63,7 @@ def na_bias_rows_kernel(
     row = at // (T2 * WIDTH) - ROOM
     local = at // WIDTH % T2
     u = at % WIDTH
-    if BY_FOURS:  # see in_order
+    if BY_FOURS:  # see start_of_logits
         u = u // 16 * 16 + u // 2 % 2 * 8 + u // 4 % 4 * 2 + u % 2
     if OF_KEYS:
         _, n, t, start, width = axis_of_keys(c, N2, D2, Q2, L2, local, T2, K2, S2, 1, 0, CAUSAL2, True, True, True)
@@ -79,8 +79,9 @@ def na_bias_rows_kernel(
     entry = (head * COUNT + row) * (2 * K2 - 1) + offset
     values = tl.load(bias + entry, mask=seen & (row >= 0) & (row < COUNT), other=0.0).to(tl.float32)
     size: tl.constexpr = (COUNT + 2 * ROOM) * T2 * WIDTH
-    to = rows + (head * kinds + kind) * size + OFF + at
-    tl.store(to, tl.where(seen, values, LOWEST).to(rows.dtype.element_ty), mask=at < size)
+    to = rows + (head * kinds + kind) * size + at
+    lowest = -6e4 if rows.dtype.element_ty == tl.float16 else HIDDEN
+    tl.store(to, tl.where(seen, values * per_scale, lowest).to(rows.dtype.element_ty), mask=at < size)
 
 
 class BiasRows(NamedTuple):
@@ -90,8 +91,7 @@ class BiasRows(NamedTuple):
         rows: Lays a table out, for one kernel.
         scalars: ``left, right, whole, kinds`` of the boxes.
         constants: ``ROOM``: rows before the first and after the last offset, for pairs that are not seen; ``WIDTH``:
-            tokens of a row; ``OFF``: where the first row starts, 8 bytes past an address of 16. Hopper and Ampere copy
-            16 bytes at a time past the L1 cache, and all programs want the same rows.
+            tokens of a row.
     """
 
     rows: Callable[[Tensor], Tensor] | None
@@ -99,11 +99,18 @@ class BiasRows(NamedTuple):
     constants: dict[str, int]
 
 
-NO_BIAS = BiasRows(None, (0, 0, 1, 1), {"ROOM": 0, "WIDTH": 0, "OFF": 0})
+NO_BIAS = BiasRows(None, (0, 0, 1, 1), {"ROOM": 0, "WIDTH": 0})
 
 
 def bias_rows(
-    bias: Any, q_length: int, length: int, windows: Windows, way: Tiling, dtype: torch.dtype, of_keys: bool = False
+    bias: Any,
+    q_length: int,
+    length: int,
+    windows: Windows,
+    way: Tiling,
+    dtype: torch.dtype,
+    scale: float,
+    of_keys: bool = False,
 ) -> BiasRows:
     """How the kernel of a tiling reads biases with this :func:`meta`; `NO_BIAS` for None."""
     if bias is None:
@@ -117,17 +124,18 @@ def bias_rows(
     size = (count + 2 * room) * way.box[2] * width
     chunks = triton.cdiv(size, 1024)
     scalars = (left, right, whole, kinds)
-    shared = {"ROOM": room, "WIDTH": width, "OFF": 8 // dtype.itemsize}
+    shared = {"ROOM": room, "WIDTH": width}
+    by_fours = way.columns % 16 == 0
     launch = Launch(
         na_bias_rows_kernel, heads * kinds * chunks,
-        (q_length, length, windows.dilation[2], way.tiles[2], *scalars, chunks),
+        (q_length, length, windows.dilation[2], way.tiles[2], *scalars, chunks, 1 / scale if by_fours else 1.0),
         {"K2": k2, "S2": windows.stride[2], "CAUSAL2": windows.is_causal[2], "T2": way.box[2], "COUNT": count,
-         **shared, "BY_FOURS": way.columns % 16 == 0, "OF_KEYS": of_keys,
-         "LOWEST": -6e4 if dtype == torch.float16 else -1e30, "BLOCK": 1024},
+         **shared, "BY_FOURS": by_fours, "OF_KEYS": of_keys, "BLOCK": 1024},
     )  # fmt: skip
 
     def rows(table: Tensor) -> Tensor:
-        out = torch.empty(heads * kinds * size + shared["OFF"], dtype=dtype, device=table.device)
+        of_rows = torch.float32 if by_fours else dtype
+        out = torch.empty(heads * kinds * size, dtype=of_rows, device=table.device)
         launch(table.detach().contiguous(), out)
         return out
 

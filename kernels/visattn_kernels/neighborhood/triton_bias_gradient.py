@@ -1,9 +1,9 @@
 """Gradient of relative position biases in the fused kernels.
 
 The kernel of queries' gradients leaves those of logits, which are summed over images and by offset, always in the same
-order. Where a box has 4 x 8 queries (``Tiling.sums``) it leaves sums over its rows: a row of queries is as far from a
-row of keys as the one before was from the row of keys before, so that sums move on by a row of queries per step.
-Products leave each row of queries in registers of its own, and all this costs is additions.
+order. Where a box has 4 x 8 or 8 x 4 queries (``Tiling.sums``) it leaves sums over its rows: a row of queries is as far
+from a row of keys as the one before was from the row of keys before, so that sums move on by a row of queries per step,
+or by two in two steps. Products leave every eight queries in registers of their own, and all this costs is additions.
 """
 
 import functools
@@ -29,12 +29,18 @@ MOST_BYTES = 1 << 28
 
 @triton.jit
 def rows_of_queries(x):
-    """The four rows (8, n) of queries of a tile (32, n)."""
+    """Every eight queries (8, n) of a tile (32, n): one row of a box, or two."""
     N: tl.constexpr = x.shape[1]
     even, odd = tl.split(x.reshape([4, 8, N]).permute(1, 2, 0).reshape([8, N, 2, 2]))
     row0, row2 = tl.split(even)
     row1, row3 = tl.split(odd)
     return row0, row1, row2, row3
+
+
+@triton.jit
+def no_sums(N: tl.constexpr):
+    """Sums (8, n) to begin with."""
+    return tl.zeros([8, N], tl.float32)
 
 
 @triton.jit(do_not_specialize=["Q", "L", "D", "chunks"])
@@ -88,39 +94,39 @@ def _folds(pairs: Any, grid: Any, windows: Windows) -> list[tuple[Launch, int]]:
     return folds
 
 
-@triton.jit(do_not_specialize=["Q1", "Q2", "L1", "L2", "D1", "D2", "C1", "C2", "N1", "N2", "heads", "chunks", "images"])
+@triton.jit(do_not_specialize=["Q1", "Q2", "L1", "L2", "D1", "D2", "C1", "C2", "N1", "N2", "heads", "images"])
 def na_fold_boxes_kernel(
-    sums, out, Q1, Q2, L1, L2, D1, D2, C1, C2, N1, N2, heads, chunks, images,
+    sums, out, Q1, Q2, L1, L2, D1, D2, C1, C2, N1, N2, heads, images,
     K1: tl.constexpr, K2: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
-    CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr, SUMS: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr,
-    OFFSETS: tl.constexpr,
+    CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Sum a row of the table's gradient over some boxes of some images, by offset: (images, heads, boxes, SUMS, 8, 16)
-    to (parts, heads, table)."""
-    row = tl.program_id(0) % (2 * K1 - 1)
-    head = tl.program_id(0) // (2 * K1 - 1) % heads
-    part = tl.program_id(0) // (2 * K1 - 1) // heads
-    j = part % chunks * BLOCK + tl.arange(0, BLOCK)
+    """Sum the table's gradient over some boxes, by offset: (images, heads, boxes, SUMS, 8, 16) to (chunks, heads,
+    table)."""
+    head = tl.program_id(0) % heads
+    j = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
     box, local = j // 8, j % 8
     _, p1, _, _, _, start1, w1 = axis_of_tile(
-        box // C2, N1, D1, Q1, L1, j * 0, 4, K1, S1, 1, 0, CAUSAL1, True, True, True
+        box // C2, N1, D1, Q1, L1, j * 0, T1, K1, S1, 1, 0, CAUSAL1, True, True, True
     )
     _, p2, _, _, _, start2, _ = axis_of_tile(
-        box % C2, N2, D2, Q2, L2, local, 8, K2, S2, 1, 0, CAUSAL2, True, True, True
+        box % C2, N2, D2, Q2, L2, local % T2, T2, K2, S2, 1, 0, CAUSAL2, True, True, True
     )
-    place = row - (K1 - 1) + p1 - start1 + 3
-    there = (box < C1 * C2) & (w1 > 0) & (place >= 0) & (place < w1 + 3)
+    least = p1 - start1 - (K1 - 1) + (3 * T1 // 4) + local // T2  # where a box has the sums of the first offset
+    rows = tl.where((box < C1 * C2) & (w1 > 0), w1 + 3 * T1 // 4, 0)
     column = tl.arange(0, OFFSETS)
     u = column[None, :] - (K2 - 1) + (p2 - start2)[:, None]
-    seen = there[:, None] & (u >= 0) & (u < 16) & (column < 2 * K2 - 1)[None, :]
-    at = sums + (((head * (C1 * C2) + box).to(tl.int64) * SUMS + place) * 8 + local)[:, None] * 16 + u
+    seen = (u >= 0) & (u < 16) & (column < 2 * K2 - 1)[None, :]
+    sums += (((head * (C1 * C2) + box).to(tl.int64) * SUMS + least) * 8 + local)[:, None] * 16 + u
     image = heads.to(tl.int64) * (C1 * C2) * (SUMS * 8 * 16)
-    acc = tl.zeros([BLOCK, OFFSETS], tl.float32)
-    first = part // chunks * IMAGES
-    for b in range(first, tl.minimum(first + IMAGES, images)):
-        acc += tl.load(at + b * image, mask=seen, other=0.0).to(tl.float32)
-    to = out + (part * heads + head) * ((2 * K1 - 1) * (2 * K2 - 1)) + row * (2 * K2 - 1) + column
-    tl.store(to, tl.sum(acc, 0), mask=column < 2 * K2 - 1)
+    to = out + tl.program_id(0) // heads * heads * ((2 * K1 - 1) * (2 * K2 - 1)) + column
+    to += head * ((2 * K1 - 1) * (2 * K2 - 1))
+    for row in range(2 * K1 - 1):
+        there = (least + row >= 0) & (least + row < rows)
+        acc = tl.zeros([BLOCK, OFFSETS], tl.float32)
+        for b in range(images):
+            acc += tl.load(sums + (row * 128 + b * image), mask=there[:, None] & seen, other=0.0).to(tl.float32)
+        tl.store(to + row * (2 * K2 - 1), tl.sum(acc, 0), mask=column < 2 * K2 - 1)
 
 
 class BiasGradient(NamedTuple):
@@ -159,26 +165,25 @@ def _sum_all(pairs: Tensor, grid: Any, windows: Windows) -> Tensor:
 
 
 @functools.lru_cache(4096)
-def _fold_of_boxes(
-    images: int, heads: int, q_grid: Any, grid: Any, windows: Windows, way: Tiling
-) -> tuple[Launch, tuple[int, int]]:
-    """The launch that sums the sums of boxes, and the shape of its parts."""
+def _fold_of_boxes(pairs: Any, q_grid: Any, grid: Any, windows: Windows, way: Tiling) -> tuple[Launch, tuple[int, int]]:
+    """The launch that sums sums of boxes with this :func:`meta`, and the shape of what it leaves."""
+    images, heads = pairs[0][:2]
     k1, k2 = windows.kernel_size[1:]
-    block, at_once = 64, 16
-    chunks = triton.cdiv(way.programs * 8, block)
-    parts = chunks * triton.cdiv(images, at_once)
+    chunks = triton.cdiv(way.programs * 8, 64)
     launch = Launch(
-        na_fold_boxes_kernel, parts * heads * (2 * k1 - 1),
-        (*q_grid[1:], *grid[1:], *windows.dilation[1:], *way.counts[1:], *way.tiles[1:], heads, chunks, images),
+        na_fold_boxes_kernel, chunks * heads,
+        (*q_grid[1:], *grid[1:], *windows.dilation[1:], *way.counts[1:], *way.tiles[1:], heads, images),
         {"K1": k1, "K2": k2, "S1": windows.stride[1], "S2": windows.stride[2], "CAUSAL1": windows.is_causal[1],
-         "CAUSAL2": windows.is_causal[2], "SUMS": way.sums, "IMAGES": at_once, "BLOCK": block,
+         "CAUSAL2": windows.is_causal[2], "T1": way.box[1], "T2": way.box[2], "SUMS": way.sums, "BLOCK": 64,
          "OFFSETS": power_of_2(2 * k2 - 1)},
     )  # fmt: skip
-    return launch, (parts, heads * (2 * k1 - 1) * (2 * k2 - 1))
+    return launch, (chunks, heads * (2 * k1 - 1) * (2 * k2 - 1))
 
 
 def _sum_boxes(pairs: Tensor, q_grid: Any, grid: Any, windows: Windows, way: Tiling) -> Tensor:
-    launch, shape = _fold_of_boxes(len(pairs), pairs.shape[1], q_grid, grid, windows, way)
+    if len(pairs) > 4:
+        pairs = pairs.sum(0, keepdim=True, dtype=torch.float32)
+    launch, shape = _fold_of_boxes(meta(pairs), q_grid, grid, windows, way)
     sums = torch.empty(shape, dtype=torch.float32, device=pairs.device)
     launch(pairs, sums)
     return sums.sum(0)

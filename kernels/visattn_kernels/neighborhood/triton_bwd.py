@@ -49,7 +49,7 @@ def plans(
     way = query_tiling(
         tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None, True, bias is not None
     )
-    table = bias_rows(bias, q_grid[2], grid[2], windows, way, q[2])
+    table = bias_rows(bias, q_grid[2], grid[2], windows, way, q[2], scale)
     gradient = bias_gradient(heads, tuple(q_grid), tuple(grid), windows, way)
     dq = Launch(
         na_bwd_dq_kernel, B * way.programs * heads,
@@ -59,7 +59,7 @@ def plans(
         way.stages, way.registers,
     )  # fmt: skip
     keys = key_tiling(tuple(grid), windows, max(dim, dim_v), q[2].itemsize, pad is not None, rel is not None)
-    other = bias_rows(bias, q_grid[2], grid[2], windows, keys, q[2], of_keys=True)
+    other = bias_rows(bias, q_grid[2], grid[2], windows, keys, q[2], scale, of_keys=True)
     dkv = Launch(
         na_bwd_dkv_kernel, B * keys.programs * kv_heads,
         (*strides, *maps, *keys.counts, *keys.tiles, heads, heads // kv_heads, *other.scalars, *stores[1],

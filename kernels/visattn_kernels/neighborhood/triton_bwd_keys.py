@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..triton_tiles import load_tokens, product_onto
-from .triton_bias import in_order, kind_of_box
+from .triton_bias import kind_of_box, start_of_logits
 from .triton_geometry import (
     HIDDEN,
     across,
@@ -53,7 +53,7 @@ def na_bwd_dkv_kernel(
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a box of keys and values, over the queries that see them."""
     pid = tl.program_id(0)
@@ -100,7 +100,7 @@ def na_bwd_dkv_kernel(
         row_n = tl.where(wanted, row_n, row_n - n // (T1 * T2) * (2 * K1 - 1) - n // T2 % T1)
         biases_of_box: tl.constexpr = ((2 * K0 - 1) * (2 * K1 - 1) + 2 * ROOM) * T2 * WIDTH
         kind = kind_of_box(c2, N2, left, right, whole)
-        bias_n = OFF + n % T2 * WIDTH + (ROOM + row_n) * (T2 * WIDTH)
+        bias_n = n % T2 * WIDTH + (ROOM + row_n) * (T2 * WIDTH)
 
     q += b * q_b
     g += b * g_b
@@ -175,8 +175,8 @@ def na_bwd_dkv_kernel(
                 if HAS_BIAS:
                     row_m = (p0 * (2 * K1 - 1) + p1) * (T2 * WIDTH)
                     laid_out = bias + (head * kinds + kind) * biases_of_box
-                    start = in_order(tl.load(laid_out + bias_n[:, None] + (m2 - row_m)[None, :]), COLUMNS)
-                    start = start.to(tl.float32) * per_scale
+                    start = tl.load(laid_out + bias_n[:, None] + (m2 - row_m)[None, :])
+                    start = start_of_logits(start, per_scale, COLUMNS)
                 if HAS_REL:
                     here = terms + ((head * (Q0 * Q1 * Q2) + (y0 * Q1 + y1) * Q2 + y2) * TERMS)[:, None] + e
                     start = product_onto(start, pick1, tl.trans(tl.load(here)), PRECISION)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..triton_tiles import as_results_lie, load_tokens, product_onto
 from .triton_bias import kind_of_box
-from .triton_bias_gradient import rows_of_queries
+from .triton_bias_gradient import no_sums, rows_of_queries
 from .triton_fwd import logits, weights
 from .triton_geometry import HIDDEN, axis_of_tile, coordinate, load_box, on_axis, rows_of_box
 from .triton_position import add_of_terms, position_terms
@@ -31,11 +31,11 @@ def na_bwd_dq_kernel(
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a box of queries; also writes delta, the product of output and its gradient less the gradient of the
-    log-sum-exp, per query, with biases the gradients of logits (image, head, query, key of its window), and with
-    position embeddings the terms of a query and their gradients, those of rows of keys first."""
+    log-sum-exp, per query, with biases the gradients of logits (image, head, query, key of its window) or their sums,
+    and with position embeddings the terms of a query and their gradients, those of rows of keys first."""
     pid = tl.program_id(0)
     head = pid % heads
     pid = pid // heads
@@ -90,16 +90,16 @@ def na_bwd_dq_kernel(
         bias += (head * kinds + kind_of_box(c2, N2, left, right, whole)) * (
             ((2 * K0 - 1) * (2 * K1 - 1) + 2 * ROOM) * T2 * WIDTH
         )
-        bias_m = OFF + m % T2 * WIDTH + (ROOM - row_m) * (T2 * WIDTH)
+        bias_m = m % T2 * WIDTH + (ROOM - row_m) * (T2 * WIDTH)
         if SUMS > 0:
             pairs += ((b * heads + head) * (C1 * C2) + c1 * C2 + c2) * (SUMS * 8 * BLOCK_N)
             pairs += tl.arange(0, 8)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         else:
             pairs += (b * heads + head) * (Q0 * Q1 * Q2) * (K0 * K1 * K2)
-        query = token
-        if MANY_PAIRS:
-            query = query.to(tl.int64)
-        slot_m = query * (K0 * K1 * K2) - (first0 * K1 + first1) * K2 - first2
+            query = token
+            if MANY_PAIRS:
+                query = query.to(tl.int64)
+            slot_m = query * (K0 * K1 * K2) - (first0 * K1 + first1) * K2 - first2
     k += b * k_b + kv_head * k_h
     v += b * v_b + kv_head * v_h
     pad_k += kv_head * DIM
@@ -144,9 +144,9 @@ def na_bwd_dq_kernel(
             tl.store(all_terms + column_terms, columns, mask=there[:, None])
             acc_row = tl.zeros([BLOCK_M, TERMS], tl.float32)
             acc_column = none
-        if SUMS > 0:
-            sum0 = tl.zeros([8, BLOCK_N], tl.float32)
-            sum1, sum2 = sum0, sum0
+        if SUMS > 0:  # each of their own: of names for one tensor Triton does not see that a loop changes them
+            late0, late1, late2 = no_sums(BLOCK_N), no_sums(BLOCK_N), no_sums(BLOCK_N)
+            sum0, sum1, sum2 = no_sums(BLOCK_N), no_sums(BLOCK_N), no_sums(BLOCK_N)
         for i in range(0, tl.cdiv(w0 * w1, ROWS)):
             s, shown, keys, pick, ky0, ky1, inside = logits(
                 i, queries, start, per_scale, k, k_columns, u2, inside2, bias, bias_m, terms, picks, pad_k, k_0, k_1,
@@ -161,8 +161,12 @@ def na_bwd_dq_kernel(
             ds = p * product_onto(none - row_delta[:, None], grads, tl.trans(values), PRECISION)
             if SUMS > 0:
                 row0, row1, row2, row3 = rows_of_queries(ds)
-                tl.store(pairs + i * (8 * BLOCK_N), (sum2 + row3).to(pairs.dtype.element_ty))
-                sum0, sum1, sum2 = row0, sum0 + row1, sum1 + row2
+                tl.store(pairs + i * (8 * BLOCK_N), (late2 + row3).to(pairs.dtype.element_ty))
+                next0, next1, next2 = row0, late0 + row1, late1 + row2
+                late0, late1, late2 = next0, next1, next2
+                if T2 == 4:  # two rows of queries move at once, in two steps
+                    late0, late1, late2 = sum0, sum1, sum2
+                    sum0, sum1, sum2 = next0, next1, next2
             elif HAS_BIAS:
                 t0, t1, _ = rows_of_box(i, start0, start1, w1, w0 * w1, DEEP, ROWS, COLUMNS)
                 slots = slot_m[:, None] + ((t0 * K1 + t1) * K2 + start2 + u2)[None, :]
@@ -175,9 +179,13 @@ def na_bwd_dq_kernel(
                 acc_column += ds
         if SUMS > 0:
             pairs += w1 * (8 * BLOCK_N)
-            tl.store(pairs, sum2.to(pairs.dtype.element_ty))
-            tl.store(pairs + 8 * BLOCK_N, sum1.to(pairs.dtype.element_ty))
-            tl.store(pairs + 16 * BLOCK_N, sum0.to(pairs.dtype.element_ty))
+            for _left in tl.static_range(3):
+                tl.store(pairs, late2.to(pairs.dtype.element_ty))
+                if T2 == 4:
+                    pairs += 8 * BLOCK_N
+                    tl.store(pairs, sum2.to(pairs.dtype.element_ty))
+                pairs += 8 * BLOCK_N
+                late1, late2, sum1, sum2 = late0, late1, sum0, sum1
         if HAS_REL:
             tl.store(dterms + row_terms, acc_row.to(dterms.dtype.element_ty), mask=there[:, None])
             tl.store(dterms + column_terms, acc_column.to(dterms.dtype.element_ty), mask=there[:, None])

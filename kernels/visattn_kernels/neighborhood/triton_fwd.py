@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta, unit_stride
 from ..triton_tiles import LOG2E, as_results_lie, load_tokens, power_of_2, product_onto
-from .triton_bias import BiasRows, bias_rows, in_order, kind_of_box
+from .triton_bias import BiasRows, bias_rows, kind_of_box, start_of_logits
 from .triton_geometry import (
     HIDDEN,
     across,
@@ -58,7 +58,7 @@ def logits(
     keys = load_box(k, ky0 * k_0 + ky1 * k_1, k_columns, inside, pad_k, DIM, BLOCK_D, ROWS, OUTSIDE, HAS_PAD)
     if HAS_BIAS:
         row_n = (t0 * (2 * K1 - 1) + t1) * ROW_OF_BIAS
-        start = in_order(tl.load(bias + bias_m[:, None] + (row_n + u2)[None, :]), COLUMNS).to(tl.float32) * per_scale
+        start = start_of_logits(tl.load(bias + bias_m[:, None] + (row_n + u2)[None, :]), per_scale, COLUMNS)
     s = product_onto(start, queries, tl.trans(keys), PRECISION)
     pick = keys
     if HAS_REL:  # the row's term
@@ -101,7 +101,7 @@ def na_fwd_kernel(
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, OFF: tl.constexpr,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)  # heads vary fastest: they share cache lines
     head = pid % heads
@@ -141,7 +141,7 @@ def na_fwd_kernel(
         bias += (head * kinds + kind_of_box(c2, N2, left, right, whole)) * (
             ((2 * K0 - 1) * (2 * K1 - 1) + 2 * ROOM) * T2 * WIDTH
         )
-        bias_m = OFF + m % T2 * WIDTH + (ROOM - row_m) * (T2 * WIDTH)
+        bias_m = m % T2 * WIDTH + (ROOM - row_m) * (T2 * WIDTH)
     k += b * k_b + kv_head * k_h
     v += b * v_b + kv_head * v_h
     pad_k += kv_head * DIM
@@ -267,7 +267,7 @@ def plan(
     way = query_tiling(
         tuple(q_grid), tuple(grid), windows, max(dim, dim_v), q[2].itemsize, rel is not None, bias=bias is not None
     )
-    table = bias_rows(bias, q_grid[2], grid[2], windows, way, q[2])
+    table = bias_rows(bias, q_grid[2], grid[2], windows, way, q[2], scale)
     scalars = (
         *strides_of(q), *strides_of(k), *strides_of(v), *q_grid, *grid, *windows.dilation, *way.counts, *way.tiles,
         heads, heads // kv_heads, 0 if extra is None else extra[0][2], *table.scalars, scale * LOG2E,

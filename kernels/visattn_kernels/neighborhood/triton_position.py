@@ -22,8 +22,8 @@ from ..triton_tiles import power_of_2
 from .triton_tiling import Windows
 
 PICKERS_OFF = tl.constexpr(4)
-"""Where the matrices that pick terms start, in elements: in 16 bits not at a multiple of 16 bytes, so that what all
-programs want comes through the L1 cache (see ``triton_bias``)."""
+"""Where the matrices that pick terms start, in elements: in 16 bits 8 bytes past a multiple of 16. Copies of 16 bytes
+pass by the L1 cache, and all programs want the same few lines."""
 MOST_BYTES = 1 << 26
 """Position terms, and their gradients, in memory at a time; more images than these hold take several turns."""
 

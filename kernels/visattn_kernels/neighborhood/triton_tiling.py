@@ -221,10 +221,11 @@ def query_tiling(
         way = _tiling(q_grid, groups, windows, cuts, Steps(row, row), 1, 3, None if exact else registers)
         return way._replace(in_registers=not exact)
     if backward and bias and not shared and not wide and _can_sum(windows, groups):
-        four_by_eight = (cut(1, 0), cut(4, 1), cut(8, 2))
+        rows, columns = (4, 8) if windows.kernel_size[2] <= 9 else (8, 4)  # a row of at most 16 keys is a step
+        cuts = (cut(1, 0), cut(rows, 1), cut(columns, 2))
         registers = 168 if dim <= 32 and not exact else None
-        way = _tiling(q_grid, groups, windows, four_by_eight, Steps(16, 16), 2 if exact else 1, 3, registers)
-        return way._replace(sums=max(four_by_eight[1].widths) + 3)
+        way = _tiling(q_grid, groups, windows, cuts, Steps(16, 16), 2 if exact else 1, 3, registers)
+        return way._replace(sums=max(cuts[1].widths) + 3 * rows // 4)
     if exact:
         return _tiling(q_grid, groups, windows, cuts, steps, 2, 2)
     if wide:
@@ -245,8 +246,8 @@ def query_tiling(
 
 
 def _can_sum(windows: Windows, groups: list[int]) -> bool:
-    """Whether 4 x 8 queries see rows of at most 16 keys, and groups of tokens are not much smaller than that."""
-    return groups[0] == 1 and groups[1] > 4 and groups[2] > 4 and windows.kernel_size[2] <= 9
+    """Whether 4 x 8 or 8 x 4 queries see rows of at most 16 keys, and groups of tokens are not much smaller."""
+    return groups[0] == 1 and groups[1] > 4 and groups[2] > 4 and windows.kernel_size[2] <= 13
 
 
 def _cut_queries(size: int, n: int, keys: int, windows: Windows, a: int) -> Cut:
