@@ -94,17 +94,21 @@ def _folds(pairs: Any, grid: Any, windows: Windows) -> list[tuple[Launch, int]]:
     return folds
 
 
-@triton.jit(do_not_specialize=["Q1", "Q2", "L1", "L2", "D1", "D2", "C1", "C2", "N1", "N2", "heads", "images"])
+@triton.jit(
+    do_not_specialize=["Q1", "Q2", "L1", "L2", "D1", "D2", "C1", "C2", "N1", "N2", "heads", "images", "rows", "parts"]
+)
 def na_fold_boxes_kernel(
-    sums, out, Q1, Q2, L1, L2, D1, D2, C1, C2, N1, N2, heads, images,
+    sums, out, Q1, Q2, L1, L2, D1, D2, C1, C2, N1, N2, heads, images, rows, parts,
     K1: tl.constexpr, K2: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, SUMS: tl.constexpr,
     BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Sum the table's gradient over some boxes, by offset: (images, heads, boxes, SUMS, 8, 16) to (chunks, heads,
-    table)."""
+    """Sum some rows of the table's gradient over some boxes, by offset: (images, heads, boxes, SUMS, 8, 16) to (chunks,
+    heads, table)."""
     head = tl.program_id(0) % heads
-    j = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(0) // heads % parts
+    chunk = tl.program_id(0) // heads // parts
+    j = chunk * BLOCK + tl.arange(0, BLOCK)
     box, local = j // 8, j % 8
     _, p1, _, _, _, start1, w1 = axis_of_tile(
         box // C2, N1, D1, Q1, L1, j * 0, T1, K1, S1, 1, 0, CAUSAL1, True, True, True
@@ -113,16 +117,15 @@ def na_fold_boxes_kernel(
         box % C2, N2, D2, Q2, L2, local % T2, T2, K2, S2, 1, 0, CAUSAL2, True, True, True
     )
     least = p1 - start1 - (K1 - 1) + (3 * T1 // 4) + local // T2  # where a box has the sums of the first offset
-    rows = tl.where((box < C1 * C2) & (w1 > 0), w1 + 3 * T1 // 4, 0)
+    count = tl.where((box < C1 * C2) & (w1 > 0), w1 + 3 * T1 // 4, 0)
     column = tl.arange(0, OFFSETS)
     u = column[None, :] - (K2 - 1) + (p2 - start2)[:, None]
     seen = (u >= 0) & (u < 16) & (column < 2 * K2 - 1)[None, :]
     sums += (((head * (C1 * C2) + box).to(tl.int64) * SUMS + least) * 8 + local)[:, None] * 16 + u
     image = heads.to(tl.int64) * (C1 * C2) * (SUMS * 8 * 16)
-    to = out + tl.program_id(0) // heads * heads * ((2 * K1 - 1) * (2 * K2 - 1)) + column
-    to += head * ((2 * K1 - 1) * (2 * K2 - 1))
-    for row in range(2 * K1 - 1):
-        there = (least + row >= 0) & (least + row < rows)
+    to = out + (chunk * heads + head) * ((2 * K1 - 1) * (2 * K2 - 1)) + column
+    for row in range(part * rows, tl.minimum(part * rows + rows, 2 * K1 - 1)):
+        there = (least + row >= 0) & (least + row < count)
         acc = tl.zeros([BLOCK, OFFSETS], tl.float32)
         for b in range(images):
             acc += tl.load(sums + (row * 128 + b * image), mask=there[:, None] & seen, other=0.0).to(tl.float32)
@@ -170,9 +173,11 @@ def _fold_of_boxes(pairs: Any, q_grid: Any, grid: Any, windows: Windows, way: Ti
     images, heads = pairs[0][:2]
     k1, k2 = windows.kernel_size[1:]
     chunks = triton.cdiv(way.programs * 8, 64)
+    rows = math.ceil(chunks * heads * (2 * k1 - 1) / 2048)  # about as many programs as run at once
+    parts = triton.cdiv(2 * k1 - 1, rows)
     launch = Launch(
-        na_fold_boxes_kernel, chunks * heads,
-        (*q_grid[1:], *grid[1:], *windows.dilation[1:], *way.counts[1:], *way.tiles[1:], heads, images),
+        na_fold_boxes_kernel, chunks * heads * parts,
+        (*q_grid[1:], *grid[1:], *windows.dilation[1:], *way.counts[1:], *way.tiles[1:], heads, images, rows, parts),
         {"K1": k1, "K2": k2, "S1": windows.stride[1], "S2": windows.stride[2], "CAUSAL1": windows.is_causal[1],
          "CAUSAL2": windows.is_causal[2], "T1": way.box[1], "T2": way.box[2], "SUMS": way.sums, "BLOCK": 64,
          "OFFSETS": power_of_2(2 * k2 - 1)},
