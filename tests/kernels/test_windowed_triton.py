@@ -110,7 +110,7 @@ def test_boxes_of_a_kind_meet_the_same_biases(kernel, stride, dilation, causal, 
     )
     grid = (1, 1, length)
     way = key_tiling(grid, windows, 16, 2, True) if of_keys else query_tiling(grid, grid, windows, 16, 2)
-    left, right, whole, kinds, _ = triton_bias.kinds_of_boxes(length, length, windows, way, of_keys)
+    left, right, whole, kinds, _ = triton_bias._kinds(length, length, windows, way, of_keys)
     tiles, size = way.tiles[2], way.box[2]
     found: dict[int, object] = {}
     for group in range(min(length, dilation)):

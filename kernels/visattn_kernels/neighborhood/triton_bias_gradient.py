@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..triton_support import Launch, meta
 from ..triton_tiles import power_of_2
-from .triton_bias import box_of_kind, kind_of_box, kinds_of_boxes
 from .triton_geometry import axis_of_tile, members_of, window_of
 from .triton_tiling import Tiling, Windows
 
@@ -95,64 +94,41 @@ def _folds(pairs: Any, grid: Any, windows: Windows) -> list[tuple[Launch, int]]:
     return folds
 
 
-@triton.jit(do_not_specialize=["images", "rows", "C2", "N2", "left", "right", "whole", "kinds", "chunks", "at_once"])
-def na_sum_boxes_kernel(
-    sums, out, images, rows, C2, N2, left, right, whole, kinds, chunks, at_once,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Sum the boxes of a kind in a row of boxes, of some images: (images, rows, C2, SIZE) to (parts, rows, kinds,
-    SIZE)."""
-    pid = tl.program_id(0)
-    j = pid % chunks * BLOCK + tl.arange(0, BLOCK)
-    kind = pid // chunks % kinds
-    row = pid // chunks // kinds % rows
-    first = pid // chunks // kinds // rows * at_once
-    last = tl.minimum(first + at_once, images)
-    acc = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, (last - first) * C2, STEP):
-        for k in tl.static_range(STEP):  # loads that do not wait for each other
-            b, c = first + (i + k) // C2, (i + k) % C2
-            there = (b < last) & (kind_of_box(c, N2, left, right, whole) == kind)
-            at = ((b.to(tl.int64) * rows + row) * C2 + c) * SIZE
-            acc += tl.load(sums + at + j, mask=there & (j < SIZE), other=0.0).to(tl.float32)
-    tl.store(out + (pid // chunks).to(tl.int64) * SIZE + j, acc, mask=j < SIZE)
-
-
-@triton.jit(do_not_specialize=["Q1", "Q2", "L1", "L2", "D1", "D2", "C1", "N1", "N2", "left", "right", "whole", "kinds",
-                               "heads", "images", "rows", "parts"])  # fmt: skip
+@triton.jit(
+    do_not_specialize=["Q1", "Q2", "L1", "L2", "D1", "D2", "C1", "C2", "N1", "N2", "heads", "images", "rows", "parts"]
+)
 def na_fold_boxes_kernel(
-    sums, out, Q1, Q2, L1, L2, D1, D2, C1, N1, N2, left, right, whole, kinds, heads, images, rows, parts,
+    sums, out, Q1, Q2, L1, L2, D1, D2, C1, C2, N1, N2, heads, images, rows, parts,
     K1: tl.constexpr, K2: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, SUMS: tl.constexpr,
     BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Sum some rows of the table's gradient over some boxes, by offset: (images, heads, C1, kinds, SUMS, 8, 16) to
-    (chunks, heads, table)."""
+    """Sum some rows of the table's gradient over some boxes, by offset: (images, heads, boxes, SUMS, 8, 16) to (chunks,
+    heads, table)."""
     head = tl.program_id(0) % heads
     part = tl.program_id(0) // heads % parts
     chunk = tl.program_id(0) // heads // parts
     j = chunk * BLOCK + tl.arange(0, BLOCK)
     box, local = j // 8, j % 8
     _, p1, _, _, _, start1, w1 = axis_of_tile(
-        box // kinds, N1, D1, Q1, L1, j * 0, T1, K1, S1, 1, 0, CAUSAL1, True, True, True
+        box // C2, N1, D1, Q1, L1, j * 0, T1, K1, S1, 1, 0, CAUSAL1, True, True, True
     )
     _, p2, _, _, _, start2, _ = axis_of_tile(
-        box_of_kind(box % kinds, N2, left, right, whole), N2, D2, Q2, L2, local % T2, T2, K2, S2, 1, 0, CAUSAL2, True,
-        True, True,
-    )  # fmt: skip
+        box % C2, N2, D2, Q2, L2, local % T2, T2, K2, S2, 1, 0, CAUSAL2, True, True, True
+    )
     least = p1 - start1 - (K1 - 1) + (3 * T1 // 4) + local // T2  # where a box has the sums of the first offset
-    count = tl.where((box < C1 * kinds) & (w1 > 0), w1 + 3 * T1 // 4, 0)
+    count = tl.where((box < C1 * C2) & (w1 > 0), w1 + 3 * T1 // 4, 0)
     column = tl.arange(0, OFFSETS)
     u = column[None, :] - (K2 - 1) + (p2 - start2)[:, None]
     seen = (u >= 0) & (u < 16) & (column < 2 * K2 - 1)[None, :]
-    sums += (((head * (C1 * kinds) + box).to(tl.int64) * SUMS + least) * 8 + local)[:, None] * 16 + u
-    image = heads.to(tl.int64) * (C1 * kinds) * (SUMS * 8 * 16)
+    sums += (((head * (C1 * C2) + box).to(tl.int64) * SUMS + least) * 8 + local)[:, None] * 16 + u
+    image = heads.to(tl.int64) * (C1 * C2) * (SUMS * 8 * 16)
     to = out + (chunk * heads + head) * ((2 * K1 - 1) * (2 * K2 - 1)) + column
     for row in range(part * rows, tl.minimum(part * rows + rows, 2 * K1 - 1)):
         there = (least + row >= 0) & (least + row < count)
         acc = tl.zeros([BLOCK, OFFSETS], tl.float32)
         for b in range(images):
-            acc += tl.load(sums + (row * 128 + b * image), mask=there[:, None] & seen, other=0.0)
+            acc += tl.load(sums + (row * 128 + b * image), mask=there[:, None] & seen, other=0.0).to(tl.float32)
         tl.store(to + row * (2 * K2 - 1), tl.sum(acc, 0), mask=column < 2 * K2 - 1)
 
 
@@ -191,47 +167,28 @@ def _sum_all(pairs: Tensor, grid: Any, windows: Windows) -> Tensor:
     return pairs
 
 
-class FoldOfBoxes(NamedTuple):
-    """Launches, and shapes of what they leave."""
-
-    sum: Launch
-    summed: tuple[int, int]
-    fold: Launch
-    folded: tuple[int, int]
-
-
 @functools.lru_cache(4096)
-def _fold_of_boxes(pairs: Any, q_grid: Any, grid: Any, windows: Windows, way: Tiling) -> FoldOfBoxes:
-    """How sums of boxes with this :func:`meta` are summed: first over boxes that stand alike to their windows."""
+def _fold_of_boxes(pairs: Any, q_grid: Any, grid: Any, windows: Windows, way: Tiling) -> tuple[Launch, tuple[int, int]]:
+    """The launch that sums sums of boxes with this :func:`meta`, and the shape of what it leaves."""
     images, heads = pairs[0][:2]
     k1, k2 = windows.kernel_size[1:]
-    c1, c2 = way.counts[1:]
-    left, right, whole, kinds, _ = kinds_of_boxes(q_grid[2], grid[2], windows, way)
-    of_kinds = (left, right, whole, kinds)
-    size, at_once = way.sums * 8 * 16, max(1, 64 // c2)
-    chunks, some = triton.cdiv(size, 1024), triton.cdiv(images, at_once)
-    first = Launch(
-        na_sum_boxes_kernel, chunks * kinds * heads * c1 * some,
-        (images, heads * c1, c2, way.tiles[2], *of_kinds, chunks, at_once), {"SIZE": size, "BLOCK": 1024, "STEP": 8},
-    )  # fmt: skip
-    boxes = triton.cdiv(c1 * kinds * 8, 64)
-    rows = math.ceil(boxes * heads * (2 * k1 - 1) / 2048)  # about as many programs as run at once
+    chunks = triton.cdiv(way.programs * 8, 64)
+    rows = math.ceil(chunks * heads * (2 * k1 - 1) / 2048)  # about as many programs as run at once
     parts = triton.cdiv(2 * k1 - 1, rows)
-    second = Launch(
-        na_fold_boxes_kernel, boxes * heads * parts,
-        (*q_grid[1:], *grid[1:], *windows.dilation[1:], c1, *way.tiles[1:], *of_kinds, heads, some, rows, parts),
+    launch = Launch(
+        na_fold_boxes_kernel, chunks * heads * parts,
+        (*q_grid[1:], *grid[1:], *windows.dilation[1:], *way.counts[1:], *way.tiles[1:], heads, images, rows, parts),
         {"K1": k1, "K2": k2, "S1": windows.stride[1], "S2": windows.stride[2], "CAUSAL1": windows.is_causal[1],
          "CAUSAL2": windows.is_causal[2], "T1": way.box[1], "T2": way.box[2], "SUMS": way.sums, "BLOCK": 64,
          "OFFSETS": power_of_2(2 * k2 - 1)},
     )  # fmt: skip
-    folded = (boxes, heads * (2 * k1 - 1) * (2 * k2 - 1))
-    return FoldOfBoxes(first, (some, heads * c1 * kinds * size), second, folded)
+    return launch, (chunks, heads * (2 * k1 - 1) * (2 * k2 - 1))
 
 
 def _sum_boxes(pairs: Tensor, q_grid: Any, grid: Any, windows: Windows, way: Tiling) -> Tensor:
-    plan = _fold_of_boxes(meta(pairs), q_grid, grid, windows, way)
-    summed = torch.empty(plan.summed, dtype=torch.float32, device=pairs.device)
-    plan.sum(pairs, summed)
-    folded = torch.empty(plan.folded, dtype=torch.float32, device=pairs.device)
-    plan.fold(summed, folded)
-    return folded.sum(0)
+    if len(pairs) > 4:
+        pairs = pairs.sum(0, keepdim=True, dtype=torch.float32)
+    launch, shape = _fold_of_boxes(meta(pairs), q_grid, grid, windows, way)
+    sums = torch.empty(shape, dtype=torch.float32, device=pairs.device)
+    launch(pairs, sums)
+    return sums.sum(0)
