@@ -36,6 +36,7 @@ def check(f, tensors, bound=5e-5):
 PLAIN = {
     **FULL, "grid": (6, 7), "dims": (8, 8), "heads": (2, 2), "bias": False, "extra": None, "padded": False
 }  # fmt: skip
+ONE_HEAD = {"bias": True, "B": 1, "heads": (1, 1)}
 CASES = {
     "several boxes": {"grid": (9, 19), "B": 1, "geometry": ([3, 5], [1, 1], [1, 1], [False, False])},
     "a long row": {"grid": (150,), "B": 1, "heads": (1, 1), "geometry": ([70], [1], [1], [False])},
@@ -47,31 +48,16 @@ CASES = {
     "three axes": {"grid": (3, 4, 5), "B": 1, "geometry": ([3, 2, 3], [1, 1, 2], [1, 2, 1], [True, False, False])},
     "shared keys, wide heads": {"B": 1, "heads": (4, 2), "dims": (96, 72)},
     "biases": {"bias": True, "grid": (6, 9), "geometry": ([3, 4], [1, 2], [2, 1], [False, False])},
-    "biases of several boxes": {
-        "bias": True,
-        "B": 1,
-        "grid": (5, 37),
-        "geometry": ([3, 5], [1, 1], [1, 1], [False, False]),
-    },
+    "biases of several boxes": {**ONE_HEAD, "grid": (5, 37), "geometry": ([3, 5], [1, 1], [1, 1], [False, False])},
     "biases of unequal groups": {
         "bias": True,
         "B": 1,
         "grid": (3, 25),
         "geometry": ([2, 5], [1, 1], [1, 2], [False, False]),
     },
-    "sums of biases, wide": {
-        "bias": True,
-        "B": 1,
-        "grid": (20, 15),
-        "geometry": ([5, 12], [1, 1], [1, 1], [False, False]),
-    },
-    "sums of biases": {"bias": True, "B": 2, "grid": (13, 21), "geometry": ([7, 5], [1, 1], [1, 2], [False, False])},
-    "sums of biases, causal": {
-        "bias": True,
-        "B": 1,
-        "grid": (9, 11),
-        "geometry": ([6, 9], [2, 1], [1, 1], [True, True]),
-    },
+    "sums of biases": {**ONE_HEAD, "B": 2, "grid": (7, 19), "geometry": ([3, 5], [1, 1], [1, 2], [False, False])},
+    "sums of biases, wide": {**ONE_HEAD, "grid": (9, 13), "geometry": ([3, 12], [1, 1], [1, 1], [False, False])},
+    "sums of biases, causal": {**ONE_HEAD, "grid": (9, 11), "geometry": ([4, 9], [2, 1], [1, 1], [True, True])},
     "biases, causal": {"bias": True, "B": 1, "grid": (4, 13), "geometry": ([4, 6], [2, 3], [1, 1], [False, True])},
     "padding": {"padded": True, "bias": True, "grid": (3, 7), "geometry": ([3, 5], [1, 1], [2, 2], [False, False])},
     "additional keys": {"extra": 20, "B": 1, "grid": (3, 4), "geometry": ([3, 3], [2, 1], [1, 1], [False, False])},
