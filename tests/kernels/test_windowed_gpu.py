@@ -205,21 +205,6 @@ def test_training_in_mixed_precision(name, mode):
     assert (actual - expected).norm() <= 2 * (plain - expected).norm()
 
 
-def test_halo_attention_projects_at_once():
-    """As by its own convs, whatever a map's memory format; a hook on one of these is called."""
-    torch.manual_seed(0)
-    layer = HaloAttention(64, num_heads=4, qkv_bias=True).cuda().double()
-    torch.nn.init.normal_(layer.q.bias)
-    x = torch.randn(2, 64, 32, 24, device="cuda", dtype=torch.float64)
-    expected = layer(x)
-    x = x.contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(layer(x), expected)
-    calls = []
-    layer.q.register_forward_hook(lambda *_: calls.append("q"))
-    torch.testing.assert_close(layer(x), expected)
-    assert calls == ["q"]
-
-
 @pytest.mark.parametrize("name", ["neighborhood", "halo"])
 def test_gradients_of_packed_maps_are_not_copied(name):
     """Those of queries, keys and values are the gradient of their projection's output, where it lies."""

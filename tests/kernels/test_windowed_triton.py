@@ -9,7 +9,7 @@ from poison import poisoned_memory
 
 pytest.importorskip("triton")
 
-from visattn_kernels.neighborhood import triton_bias, triton_bias_gradient, triton_position
+from visattn_kernels.neighborhood import triton_bias, triton_bias_gradient, triton_bwd, triton_position
 from visattn_kernels.neighborhood.triton_tiling import Windows, key_tiling, query_tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,12 +108,16 @@ def test_boxes_of_a_kind_meet_the_same_biases(kernel, stride, dilation, causal, 
             assert found.setdefault(kind, box) == box
 
 
-def test_gradient_of_biases_some_images_at_a_time(monkeypatch):
+@pytest.mark.parametrize(("grid", "image"), [((3, 4), 3 * 4 * 9), ((5, 6), 2 * (5 + 3) * 8 * 16)], ids=["all", "sums"])
+def test_gradient_of_biases_some_images_at_a_time(monkeypatch, grid, image):
+    """`image`: gradients of its logits per head, or their sums: two boxes of five rows of keys."""
     geometry = ([3, 3], [1, 1], [1, 1], [False, False])
-    x = make({**PLAIN, "B": 3, "grid": (3, 4), "bias": True, "geometry": geometry})
-    image = 3 * 4 * 2 * 9 * 4  # bytes of the gradients of its logits
-    monkeypatch.setattr(triton_bias_gradient, "MOST_BYTES", 2 * image)
+    x = make({**PLAIN, **ONE_HEAD, "B": 3, "grid": grid, "geometry": geometry})
+    monkeypatch.setattr(triton_bias_gradient, "MOST_BYTES", 2 * image * 4)
+    turns, count = [], triton_bwd._images_at_a_time
+    monkeypatch.setattr(triton_bwd, "_images_at_a_time", lambda *args: turns.append(count(*args)) or turns[-1])
     check(lambda y, backend: call(y, geometry, backend), x)
+    assert set(turns) == {2}
 
 
 def test_gradient_of_biases_with_wide_offsets(monkeypatch):

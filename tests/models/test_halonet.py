@@ -8,7 +8,7 @@ from timm.layers.halo_attn import HaloAttn
 from torch.utils.flop_counter import FlopCounterMode
 
 import visattn
-from visattn.layers import HaloAttention, resize_rel_table
+from visattn.layers import HaloAttention, halo, resize_rel_table
 from visattn.models.halonet import HaloNet, checkpoint_filter_fn
 
 # Parameters as the paper's table is recounted, or timm's own; GMACs of the same recount.
@@ -223,6 +223,33 @@ def test_training_step():
         model = timm.create_model(name, num_classes=3)
         torch.nn.functional.cross_entropy(model(torch.randn(2, 3, 64, 80)), torch.tensor([0, 1])).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()), name
+
+
+@pytest.mark.parametrize("settings", [{"qkv_bias": True}, {"qk_ratio": 0.5}, {"stride": 2, "avg_down": True}])
+def test_one_product_projects_all(monkeypatch, settings):
+    """As on a GPU where the map lies channels last, with the gradients of the convs; watched convs are called."""
+    torch.manual_seed(0)
+    layer = HaloAttention(16, num_heads=2, block_size=4, halo_size=1, **settings).double()
+    for conv in (layer.q, layer.kv):
+        if conv.bias is not None:
+            torch.nn.init.normal_(conv.bias)
+    x = torch.randn(2, 16, 10, 12, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+
+    def run():
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        out = layer(leaf)
+        return out, torch.autograd.grad(out.square().sum(), [leaf, *layer.parameters()])
+
+    calls = []
+    watch = layer.q.register_forward_hook(lambda *_: calls.append("q"))
+    expected = run()
+    monkeypatch.setattr(halo, "is_better_as_product", lambda _: True)
+    torch.testing.assert_close(run(), expected)
+    assert calls == ["q", "q"]
+    watch.remove()
+    with monkeypatch.context() as broken:
+        broken.setattr(torch.nn.Conv2d, "forward", None)  # not called
+        torch.testing.assert_close(run(), expected)
 
 
 def test_activations_do_not_copy_their_input():

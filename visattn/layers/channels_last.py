@@ -84,15 +84,15 @@ class DepthwiseConv2d(DepthwiseConv):
         return out.permute(0, 3, 1, 2)
 
 
-def is_product(x: Tensor) -> bool:
+def is_better_as_product(x: Tensor) -> bool:
     """Whether a 1x1 conv of a map (B, C, H, W) had better be a matrix product: on a GPU, where the map lies channels
     last in memory."""
     return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """1x1 conv of a map (B, C, H, W), see :func:`is_product`. cuDNN leaves the bias to a pass of its own."""
-    if is_product(x):
+    """1x1 conv of a map (B, C, H, W), see :func:`is_better_as_product`. cuDNN leaves the bias to a pass of its own."""
+    if is_better_as_product(x):
         return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias)
 

@@ -8,7 +8,7 @@ from timm.layers import make_divisible, register_notrace_function, register_notr
 from torch import Tensor, nn
 from visattn_kernels import halo_attention, linear, split_packed
 
-from .channels_last import is_product
+from .channels_last import is_better_as_product
 
 register_notrace_function(halo_attention)
 register_notrace_function(split_packed)
@@ -41,6 +41,13 @@ def resize_rel_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) 
     rows = F.interpolate(work, size=2 * new_window - 1 - new_first, mode="linear", align_corners=True)
     out[new_first:] = rows[0].t()
     return out
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether nobody would notice that a conv is not called: no other module is in its place, nothing is hooked to it
+    and its ``forward`` is its class's."""
+    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+    return type(conv) is nn.Conv2d and not any(hooks) and "forward" not in conv.__dict__
 
 
 @register_notrace_module
@@ -197,10 +204,8 @@ class HaloAttention(nn.Module):
 
     def _can_pack(self, x: Tensor) -> bool:
         """Whether queries, keys and values may come of one product, which reads the map once and whose gradients need
-        no sum. A module in the place of a projection, or a hook, must be called."""
-        plain = (type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
-                 for conv in (self.q, self.kv))  # fmt: skip
-        return self.query_stride == 1 and is_product(x) and all(plain)
+        no sum."""
+        return self.query_stride == 1 and is_better_as_product(x) and _is_plain(self.q) and _is_plain(self.kv)
 
     def _project_packed(self, x: Tensor) -> list[Tensor]:
         """As `_project`, where each head owns its queries, keys and values."""

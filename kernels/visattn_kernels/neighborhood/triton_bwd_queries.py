@@ -30,8 +30,8 @@ def na_bwd_dq_kernel(
     TERMS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DEEP: tl.constexpr,
-    FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
+    FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr, HELD: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a box of queries; also writes delta, the product of output and its gradient less the gradient of the
     log-sum-exp, per query, with biases the gradients of logits (image, head, query, key of its window) or their sums,

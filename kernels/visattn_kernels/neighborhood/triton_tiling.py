@@ -81,7 +81,7 @@ class Tiling(NamedTuple):
     registers: int | None = None
     """Most per thread, so that more programs run at once."""
     in_registers: bool = False
-    """Whether operands of products that are the same in all steps stay in registers."""
+    """Whether operands of products that are the same in all steps stay in registers (programs that hold queries)."""
     sums: int = 0
     """Rows of sums that gradients of logits leave, see ``triton_bias_gradient``; 0 where each is left."""
 
@@ -92,9 +92,10 @@ class Tiling(NamedTuple):
 
     def constants(self, of_keys: bool = False) -> dict[str, Any]:
         """The ``constexpr`` arguments that the kernels end with."""
-        names = ("T0", "T1", "T2", "DEEP", "FULL0", "FULL1", "FULL2", "HELD", "BLOCK_M", "BLOCK_N", "COLUMNS")
+        names = ("T0", "T1", "T2", "DEEP", "FULL0", "FULL1", "FULL2", "BLOCK_M", "BLOCK_N", "COLUMNS")
         m, n = (self.step, self.held) if of_keys else (self.held, self.step)
-        return dict(zip(names, (*self.box, self.deep, *self.full, self.in_registers, m, n, self.columns)))
+        constants = dict(zip(names, (*self.box, self.deep, *self.full, m, n, self.columns)))
+        return constants if of_keys else constants | {"HELD": self.in_registers}
 
 
 class Cut(NamedTuple):
