@@ -46,7 +46,8 @@ def _compare(rank: int, port: int) -> None:
 @pytest.mark.slow
 def test_all_families() -> None:
     assert len(MODELS) >= 9
-    context = multiprocessing.get_context("spawn")
+    # Of the ways to start one only this and fork end it without Python's finalization, which gloo's threads may abort.
+    context = multiprocessing.get_context("forkserver")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,9 +1,12 @@
 """What the commands share: errors made for the person who typed, number ranges, exit codes."""
 
 import argparse
+import atexit
 import difflib
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -78,14 +81,32 @@ def number(
 
 def run(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     """Call `main` with the command line and exit: 0, 2 after a :class:`UserError`, 128 + n after signal n."""
+    code = 0
     try:
         main(None)
     except UserError as error:
         # One that crossed from a loader's worker process carries that process's traceback before the message.
         print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except Interrupted as error:
-        sys.exit(128 + error.signum)
+        code = 128 + error.signum
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    sys.exit(0)
+        code = 128 + signal.SIGINT
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit with `code`; as one of several processes that torchrun started, without taking the interpreter apart.
+
+    Gloo's threads may still hold tensors of the last exchange, also after ``destroy_process_group``, since DDP keeps
+    the group. One that lets go of such a tensor while Python finalizes aborts a process that has done all its work
+    ("terminate called without an active exception"). So this ends as multiprocessing ends its processes: threads are
+    waited for, exit handlers run, output is flushed, and the process is over.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
