@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..triton_support import Launch, dot_precision, meta
+from ..triton_support import Launch, dot_precision, meta, unit_stride
 from ..triton_tiles import LOG2E
 from . import triton_bias_gradient, triton_position
 from .triton_bias import BiasRows, bias_rows
@@ -40,6 +40,7 @@ def plans(
 ) -> tuple[Plan, Plan]:  # fmt: skip
     """How gradients of queries and of keys are computed for arguments of these shapes, strides and dtypes; `stores`
     holds the strides of tokens and heads in those of queries, keys and values."""
+    g, q, k, v = three_axes(g, q, k, v)
     B, *q_grid, heads, dim = q[0]
     grid, kv_heads, dim_v = k[0][1:4], k[0][4], v[0][-1]
     strides = (*strides_of(g), *strides_of(q), *strides_of(k), *strides_of(v))
@@ -96,7 +97,7 @@ def backward(
     dq, dk, dv = gradients
     if q.numel() == 0:
         return dq, dk, dv, *(None if x is None else torch.zeros_like(x) for x in given)
-    g, q, k, v = maps = (three_axes(grad_out), three_axes(q), three_axes(k), three_axes(v))
+    g, q, k, v = maps = (unit_stride(grad_out), unit_stride(q), unit_stride(k), unit_stride(v))
     _, extra_k, extra_v, *pads, rel = optional = prepare(*given, windows, k)
     stores = (dq.stride()[-3:-1], dk.stride()[-3:-1], dv.stride()[-3:-1])
     settings = (grad_lse is not None, windows, scale, dot_precision(q.dtype), stores)
@@ -144,7 +145,7 @@ def _with_embeddings(
     time: the second kernel reads the position terms as the first one has found them."""
     q, windows = maps[1], settings[1]
     terms = 2 * room_for_terms(windows)
-    images = _images_at_a_time(q, terms * math.prod(q.shape[1:5]), triton_position.MOST_BYTES)
+    images = _images_at_a_time(q, terms * math.prod(q.shape[1:-1]), triton_position.MOST_BYTES)
     if images < len(q):
         total: Tensor | None = None
         for start in range(0, len(q), images):
@@ -156,7 +157,8 @@ def _with_embeddings(
         return total
     queries, keys = plans(*map(meta, (*maps, None, None, None, rel)), *settings)
     picks = pickers(q, terms // 2)
-    here, grads = torch.empty(2, q.shape[0], 2, q.shape[4], *q.shape[1:4], terms // 2, dtype=q.dtype, device=q.device)
+    B, *grid, heads, _ = q.shape
+    here, grads = torch.empty(2, B, 2, heads, *grid, terms // 2, dtype=q.dtype, device=q.device)
     lse, delta = results[1], results[3]
     queries.launch(*maps, *(q,) * 5, rel, picks, *results, here, grads, q)
     keys.launch(*maps, *(q,) * 3, here, picks, lse, delta, *dkv, q, q)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta
 from ..triton_tiles import LOG2E, load_tokens, power_of_2
-from .triton_fwd import strides_of
+from .triton_fwd import strides_of, three_axes
 
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "heads", "group", "extra", "chunks"])
@@ -61,6 +61,7 @@ def na_bwd_extra_kernel(
 
 @functools.lru_cache(4096)
 def _extra_plan(g: Any, q: Any, k: Any, v: Any, scale: float, precision: str) -> Launch:
+    g, q = three_axes(g, q)
     B, *q_grid, heads, dim = q[0]
     kv_heads, extra, dim_v = k[0][1], k[0][2], v[0][-1]
     held = min(64, power_of_2(extra))

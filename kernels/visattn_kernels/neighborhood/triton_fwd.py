@@ -224,16 +224,15 @@ def na_fwd_kernel(
     tl.store(lse + at, (top + tl.log2(sums)) * 0.6931471805599453, mask=there)
 
 
-def three_axes(x: Tensor) -> Tensor:
-    """A map with leading axes of one token, (B, n0, n1, n2, heads, dim), channels side by side."""
-    x = unit_stride(x)
-    while x.dim() < 6:
-        x = x.unsqueeze(1)
-    return x
+def three_axes(*maps: Any) -> list[Any]:
+    """What :func:`meta` says of maps, with leading axes of one token: (B, n0, n1, n2, heads, dim). Launches see maps as
+    they are; a view of each would take its share of the time of a call."""
+    more = [(1,) * (6 - len(x[0])) for x in maps]
+    return [((x[0][0], *ones, *x[0][1:]), (x[1][0], *ones, *x[1][1:]), *x[2:]) for x, ones in zip(maps, more)]
 
 
 def strides_of(x: Any) -> tuple[int, ...]:
-    """Strides of batch, axes and heads, from :func:`meta`; an axis of one token has none, whatever torch says."""
+    """Strides of batch, axes and heads, from :func:`three_axes`; an axis of one token has none, whatever torch says."""
     return tuple(s if n > 1 else 0 for n, s in zip(x[0][:5], x[1][:5]))
 
 
@@ -262,6 +261,7 @@ def plan(
     q: Any, k: Any, v: Any, bias: Any, extra: Any, pad: Any, rel: Any, windows: Windows, scale: float, precision: str
 ) -> tuple[Launch, BiasRows]:
     """The launch for arguments of these shapes, strides and dtypes, and how it reads biases."""
+    q, k, v = three_axes(q, k, v)
     B, *q_grid, heads, dim = q[0]
     grid, kv_heads, dim_v = k[0][1:4], k[0][4], v[0][-1]
     way = query_tiling(
@@ -302,7 +302,7 @@ def forward(
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    q, k, v = three_axes(q), three_axes(k), three_axes(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     optional = prepare(bias, extra_k, extra_v, pad_k, pad_v, rel, windows, k)
     _, extra_k, _, pad_k, _, rel = optional
     launch, table = plan(
@@ -330,6 +330,7 @@ def prepare(
     if extra_k is not None and extra_v is not None:
         extra_k, extra_v = (x.transpose(1, 2).contiguous() if x.shape[1] else None for x in (extra_k, extra_v))
     if pad_k is not None and pad_v is not None:
-        reaches = windows.reaches_outside(k.shape[1:4])
+        (k_map,) = three_axes(meta(k))
+        reaches = windows.reaches_outside(k_map[0][1:4])
         pad_k, pad_v = (x.to(k.dtype).contiguous() if reaches else None for x in (pad_k, pad_v))
     return bias, extra_k, extra_v, pad_k, pad_v, None if rel is None else rel.contiguous()

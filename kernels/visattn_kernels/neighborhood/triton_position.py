@@ -189,7 +189,7 @@ class TablePlan(NamedTuple):
 
 @functools.lru_cache(4096)
 def _plan(q: Any, tables: Any, terms: int, windows: Windows, precision: str) -> TablePlan:
-    B, _, Q1, Q2, heads, dim = q[0]
+    B, Q1, Q2, heads, dim = q[0]
     S, count = windows.stride[1], terms // 2
     rows, columns = triton.cdiv(Q1, S), triton.cdiv(Q2, S)
     queries, block = B * heads * max(rows * Q2, columns * Q1), 64
@@ -198,7 +198,7 @@ def _plan(q: Any, tables: Any, terms: int, windows: Windows, precision: str) -> 
     strides = tuple(s if n > 1 else 0 for n, s in zip(q[0], q[1]))
     total = Launch(
         na_bwd_places_kernel, 2 * S * chunks,
-        (strides[0], strides[2], strides[3], strides[4], Q1, Q2, heads, rows, columns, steps, chunks, B),
+        (*strides[:4], Q1, Q2, heads, rows, columns, steps, chunks, B),
         {"S": S, "DIM": dim, "BLOCK_D": power_of_2(dim), "COUNT": count, "PRECISION": precision, "BLOCK": block},
         4 if count * dim > 1024 else 1, 3,
     )  # fmt: skip
