@@ -32,6 +32,18 @@ def kind_of_box(c, tiles, left, right, whole):
 
 
 @triton.jit
+def biases_of_queries(bias, m, p0, p1, there, head, c, tiles, left, right, whole, kinds, K0: tl.constexpr,
+                      K1: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, ROOM: tl.constexpr,
+                      WIDTH: tl.constexpr):  # fmt: skip
+    """The rows that a tile of queries reads, and where in them those of each query begin."""
+    row = (p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1
+    row = tl.where(there, row, row - m // (T1 * T2) * (2 * K1 - 1) - m // T2 % T1)
+    of_box: tl.constexpr = ((2 * K0 - 1) * (2 * K1 - 1) + 2 * ROOM) * T2 * WIDTH
+    bias += (head * kinds + kind_of_box(c, tiles, left, right, whole)) * of_box
+    return bias, m % T2 * WIDTH + (ROOM - row) * (T2 * WIDTH)
+
+
+@triton.jit
 def start_of_logits(biases, per_scale, COLUMNS: tl.constexpr):
     """Biases of a step as they were read, over the scale and in the order of their tokens.
 

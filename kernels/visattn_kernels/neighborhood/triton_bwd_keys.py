@@ -17,6 +17,7 @@ from .triton_geometry import (
     on_axis,
     rows_of_box,
     rows_seen,
+    tile_of_program,
     window_of,
 )
 from .triton_position import PICKERS_OFF
@@ -56,19 +57,7 @@ def na_bwd_dkv_kernel(
     COLUMNS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a box of keys and values, over the queries that see them."""
-    pid = tl.program_id(0)
-    kv_heads = heads // group
-    kv_head = pid % kv_heads
-    pid = pid // kv_heads
-    c2 = pid % C2
-    pid = pid // C2
-    c1 = pid % C1
-    pid = pid // C1
-    c0 = 0
-    if DEEP:
-        c0 = pid % C0
-        pid = pid // C0
-    b = pid.to(tl.int64)
+    c0, c1, c2, kv_head, b = tile_of_program(tl.program_id(0), heads // group, C0, C1, C2, DEEP)
 
     n = tl.arange(0, BLOCK_N)
     g0, n0, t0, start0, w0 = axis_of_keys(

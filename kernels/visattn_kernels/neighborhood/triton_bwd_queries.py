@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from ..triton_tiles import as_results_lie, load_tokens, product_onto
-from .triton_bias import kind_of_box
+from .triton_bias import biases_of_queries
 from .triton_bias_gradient import no_sums, rows_of_queries
 from .triton_fwd import logits, weights
-from .triton_geometry import HIDDEN, axis_of_tile, coordinate, load_box, on_axis, rows_of_box
+from .triton_geometry import HIDDEN, axis_of_tile, columns_of_box, load_box, rows_of_box, tile_of_program
 from .triton_position import add_of_terms, position_terms
 
 
@@ -36,18 +36,7 @@ def na_bwd_dq_kernel(
     """Gradients of a box of queries; also writes delta, the product of output and its gradient less the gradient of the
     log-sum-exp, per query, with biases the gradients of logits (image, head, query, key of its window) or their sums,
     and with position embeddings the terms of a query and their gradients, those of rows of keys first."""
-    pid = tl.program_id(0)
-    head = pid % heads
-    pid = pid // heads
-    c2 = pid % C2
-    pid = pid // C2
-    c1 = pid % C1
-    pid = pid // C1
-    c0 = 0
-    if DEEP:
-        c0 = pid % C0
-        pid = pid // C0
-    b = pid.to(tl.int64)
+    c0, c1, c2, head, b = tile_of_program(tl.program_id(0), heads, C0, C1, C2, DEEP)
     kv_head = head // group
 
     m = tl.arange(0, BLOCK_M)
@@ -85,12 +74,9 @@ def na_bwd_dq_kernel(
     row_lse = tl.load(lse + at, mask=there, other=float("inf")) * 1.4426950408889634
     bias_m, slot_m = m, m
     if HAS_BIAS:  # a row per offset on the first two axes, see triton_bias
-        row_m = (p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1
-        row_m = tl.where(there, row_m, row_m - m // (T1 * T2) * (2 * K1 - 1) - m // T2 % T1)
-        bias += (head * kinds + kind_of_box(c2, N2, left, right, whole)) * (
-            ((2 * K0 - 1) * (2 * K1 - 1) + 2 * ROOM) * T2 * WIDTH
+        bias, bias_m = biases_of_queries(
+            bias, m, p0, p1, there, head, c2, N2, left, right, whole, kinds, K0, K1, T1, T2, ROOM, WIDTH
         )
-        bias_m = m % T2 * WIDTH + (ROOM - row_m) * (T2 * WIDTH)
         if SUMS > 0:
             pairs += ((b * heads + head) * (C1 * C2) + c1 * C2 + c2) * (SUMS * 8 * BLOCK_N)
             pairs += tl.arange(0, 8)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -121,17 +107,11 @@ def na_bwd_dq_kernel(
         queries, grads = as_results_lie(queries), as_results_lie(grads)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for part in range(0, tl.cdiv(w2, COLUMNS)):  # one, unless a row is longer than a step
-        u2 = part * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
-        t2 = start2 + tl.minimum(u2, w2 - 1)
-        ky2 = coordinate(g2, D2, t2, DILATED2)
-        inside2 = on_axis(ky2, L2, CLAMPED)
+        u2, ky2, inside2, seen2 = columns_of_box(
+            part, start2, w2, first2, stop2, g2, D2, L2, BLOCK_N, COLUMNS, DILATED2, CLAMPED, MASK_OUTSIDE, FULL2
+        )
         k_columns = (ky2 * k_2)[:, None] + tl.arange(0, BLOCK_D)[None, :]
         v_columns = (ky2 * v_2)[:, None] + tl.arange(0, BLOCK_DV)[None, :]
-        seen2 = (u2 < w2)[None, :]
-        if MASK_OUTSIDE:
-            seen2 = seen2 & inside2[None, :]
-        if not FULL2:
-            seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
         start = tl.where(seen2, 0.0, HIDDEN) + none
         if HAS_REL:  # all keys of a row are in one step
             start += per_scale * position_terms(

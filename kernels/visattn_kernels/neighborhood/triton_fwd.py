@@ -15,17 +15,19 @@ from torch import Tensor
 
 from ..triton_support import Launch, dot_precision, meta, unit_stride
 from ..triton_tiles import LOG2E, as_results_lie, load_tokens, power_of_2, product_onto
-from .triton_bias import BiasRows, bias_rows, kind_of_box, start_of_logits
+from .triton_bias import BiasRows, bias_rows, biases_of_queries, start_of_logits
 from .triton_geometry import (
     HIDDEN,
     across,
     axis_of_tile,
+    columns_of_box,
     coordinate,
     down,
     load_box,
     on_axis,
     rows_of_box,
     rows_seen,
+    tile_of_program,
 )
 from .triton_position import PICKERS_OFF, pickers, position_terms, room_for_terms
 from .triton_tiling import Windows, query_tiling
@@ -103,18 +105,7 @@ def na_fwd_kernel(
     FULL0: tl.constexpr, FULL1: tl.constexpr, FULL2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     COLUMNS: tl.constexpr, HELD: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)  # heads vary fastest: they share cache lines
-    head = pid % heads
-    pid = pid // heads
-    c2 = pid % C2
-    pid = pid // C2
-    c1 = pid % C1
-    pid = pid // C1
-    c0 = 0
-    if DEEP:
-        c0 = pid % C0
-        pid = pid // C0
-    b = pid.to(tl.int64)
+    c0, c1, c2, head, b = tile_of_program(tl.program_id(0), heads, C0, C1, C2, DEEP)
     kv_head = head // group
 
     m = tl.arange(0, BLOCK_M)
@@ -136,12 +127,9 @@ def na_fwd_kernel(
     lse += b * (Q0 * Q1 * Q2) * heads
     bias_m = m
     if HAS_BIAS:  # a row per offset on the first two axes, see triton_bias
-        row_m = (p0 - K0 + 1) * (2 * K1 - 1) + p1 - K1 + 1
-        row_m = tl.where(there, row_m, row_m - m // (T1 * T2) * (2 * K1 - 1) - m // T2 % T1)
-        bias += (head * kinds + kind_of_box(c2, N2, left, right, whole)) * (
-            ((2 * K0 - 1) * (2 * K1 - 1) + 2 * ROOM) * T2 * WIDTH
+        bias, bias_m = biases_of_queries(
+            bias, m, p0, p1, there, head, c2, N2, left, right, whole, kinds, K0, K1, T1, T2, ROOM, WIDTH
         )
-        bias_m = m % T2 * WIDTH + (ROOM - row_m) * (T2 * WIDTH)
     k += b * k_b + kv_head * k_h
     v += b * v_b + kv_head * v_h
     pad_k += kv_head * DIM
@@ -163,17 +151,11 @@ def na_fwd_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for part in range(0, tl.cdiv(w2, COLUMNS)):  # one, unless a row is longer than a step
-        u2 = part * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
-        t2 = start2 + tl.minimum(u2, w2 - 1)
-        ky2 = coordinate(g2, D2, t2, DILATED2)
-        inside2 = on_axis(ky2, L2, CLAMPED)
+        u2, ky2, inside2, seen2 = columns_of_box(
+            part, start2, w2, first2, stop2, g2, D2, L2, BLOCK_N, COLUMNS, DILATED2, CLAMPED, MASK_OUTSIDE, FULL2
+        )
         k_columns = (ky2 * k_2)[:, None] + tl.arange(0, BLOCK_D)[None, :]
         v_columns = (ky2 * v_2)[:, None] + tl.arange(0, BLOCK_DV)[None, :]
-        seen2 = (u2 < w2)[None, :]
-        if MASK_OUTSIDE:
-            seen2 = seen2 & inside2[None, :]
-        if not FULL2:
-            seen2 = seen2 & (t2[None, :] >= first2[:, None]) & (t2[None, :] < stop2[:, None])
         start = tl.where(seen2, 0.0, HIDDEN) + tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if HAS_REL:  # all keys of a row are in one step
             start += per_scale * position_terms(

@@ -14,6 +14,23 @@ HIDDEN = tl.constexpr(-1e30)
 
 
 @triton.jit
+def tile_of_program(pid, heads, C0, C1, C2, DEEP: tl.constexpr):
+    """Tile, head and image of program `pid`. Heads vary fastest: they share cache lines. Unless `DEEP` the first axis
+    has one tile."""
+    head = pid % heads
+    pid = pid // heads
+    c2 = pid % C2
+    pid = pid // C2
+    c1 = pid % C1
+    pid = pid // C1
+    c0 = 0
+    if DEEP:
+        c0 = pid % C0
+        pid = pid // C0
+    return c0, c1, c2, head, pid.to(tl.int64)
+
+
+@triton.jit
 def window_of(p, n, K: tl.constexpr, S: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr,
               CLAMPED: tl.constexpr):  # fmt: skip
     """First key of the window of query `p` in a group of `n` tokens, and the one after its last."""
@@ -70,6 +87,24 @@ def axis_of_tile(c, tiles, dilation, q_length, length, local, T: tl.constexpr, K
     width = tl.where(last < top, 0, end - start)
     at = tl.where(p < members, coordinate(group, dilation, p, DILATED), q_length)
     return group, p, at, first, stop, start, width
+
+
+@triton.jit
+def columns_of_box(part, start, width, first, stop, group, dilation, length, BLOCK_N: tl.constexpr,
+                   COLUMNS: tl.constexpr, DILATED: tl.constexpr, CLAMPED: tl.constexpr, MASK_OUTSIDE: tl.constexpr,
+                   FULL: tl.constexpr):  # fmt: skip
+    """Keys of a step on the last axis, `part` of a row of a box: their positions in the box and coordinates, whether
+    they are on the map, and (queries, keys) which are seen; past the row's last one it is the last one again."""
+    u = part * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
+    t = start + tl.minimum(u, width - 1)
+    y = coordinate(group, dilation, t, DILATED)
+    inside = on_axis(y, length, CLAMPED)
+    seen = (u < width)[None, :]
+    if MASK_OUTSIDE:
+        seen = seen & inside[None, :]
+    if not FULL:
+        seen = seen & (t[None, :] >= first[:, None]) & (t[None, :] < stop[:, None])
+    return u, y, inside, seen
 
 
 @triton.jit
