@@ -195,6 +195,7 @@ def _train_on_rank(rank: int, folder: str) -> None:
 
 def test_all_processes_train_the_same_size(tmp_path: Path) -> None:
     """Two processes with half of the batch each train what one does with all of it."""
+    # Not spawn, see test_sharding.
     torch.multiprocessing.start_processes(_train_on_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["seen"] == second["seen"]

@@ -104,6 +104,7 @@ def _leave(code: int) -> NoReturn:
     waited for, exit handlers run, output is flushed, and the process is over.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # No public function waits for all threads, nor runs the handlers; multiprocessing calls the same two.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()

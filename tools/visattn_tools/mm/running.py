@@ -66,7 +66,7 @@ def main_train(argv: Sequence[str] | None = None) -> None:
         cfg.load_from = None if args.resume == "auto" else _existing(args.resume, "--resume")
     runner = make_runner(cfg, args.launcher)
     runner.train()
-    _part()
+    _leave_group()
 
 
 def main_test(argv: Sequence[str] | None = None) -> None:
@@ -91,10 +91,10 @@ def main_test(argv: Sequence[str] | None = None) -> None:
         print(text)
         if args.out:
             write_text(args.out, text + "\n")
-    _part()
+    _leave_group()
 
 
-def _part() -> None:
+def _leave_group() -> None:
     """Leave the group of processes, which mmengine does not: NCCL warns of one that is still there at the end."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
