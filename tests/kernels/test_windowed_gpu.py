@@ -23,6 +23,7 @@ NEIGHBORHOODS = {  # B, heads, dim, map, settings
     "odd heads": (2, 2, 48, (30, 44), {"kernel_size": (5, 6)}),
     "video": (1, 2, 64, (6, 20, 22), {"kernel_size": (3, 5, 5), "is_causal": (True, False, False)}),
     "text": (2, 4, 64, (1000,), {"kernel_size": 100, "is_causal": True}),
+    "boxes of no query": (2, 2, 32, (33, 33), {"kernel_size": 7, "dilation": 2}),
     "padded": (2, 2, 32, (20, 9), {"kernel_size": 7, "dilation": 2}),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

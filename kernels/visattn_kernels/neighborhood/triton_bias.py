@@ -44,6 +44,14 @@ def biases_of_queries(bias, m, p0, p1, there, head, c, tiles, left, right, whole
 
 
 @triton.jit
+def box_of_kind(kind, tiles, left, right, whole):
+    """The first tile of a kind."""
+    lesser = kind // (left + 1 + right)
+    i = kind - lesser * (left + 1 + right)
+    return lesser * whole * tiles + tl.where(i <= left, i, tiles - 1 - right + i - left)
+
+
+@triton.jit
 def start_of_logits(biases, per_scale, COLUMNS: tl.constexpr):
     """Biases of a step as they were read, over the scale and in the order of their tokens.
 
@@ -68,9 +76,7 @@ def na_bias_rows_kernel(
     chunk = tl.program_id(0) % chunks
     kind = tl.program_id(0) // chunks % kinds
     head = tl.program_id(0) // chunks // kinds
-    lesser = kind // (left + 1 + right)
-    i = kind - lesser * (left + 1 + right)
-    c = lesser * whole * N2 + tl.where(i <= left, i, N2 - 1 - right + i - left)
+    c = box_of_kind(kind, N2, left, right, whole)
     at = chunk * BLOCK + tl.arange(0, BLOCK)
     row = at // (T2 * WIDTH) - ROOM
     local = at // WIDTH % T2
@@ -128,7 +134,7 @@ def bias_rows(
     if bias is None:
         return NO_BIAS
     heads = bias[0][0]
-    left, right, whole, kinds, widest = _kinds(q_length, length, windows, way, of_keys)
+    left, right, whole, kinds, widest = kinds_of_boxes(q_length, length, windows, way, of_keys)
     k0, k1, k2 = windows.kernel_size
     count = (2 * k0 - 1) * (2 * k1 - 1)
     room = (way.box[0] - 1) * (2 * k1 - 1) + way.box[1] - 1
@@ -154,7 +160,7 @@ def bias_rows(
     return BiasRows(rows, scalars, shared)
 
 
-def _kinds(q_length: int, length: int, windows: Windows, way: Tiling, of_keys: bool) -> tuple[int, ...]:
+def kinds_of_boxes(q_length: int, length: int, windows: Windows, way: Tiling, of_keys: bool = False) -> tuple[int, ...]:
     """``left, right, whole, kinds`` of the boxes of the last axis, and the most tokens that one of them meets there."""
     dilation, size, tiles, box = windows.dilation[2], windows.kernel_size[2], way.tiles[2], way.box[2]
     groups, most = min(q_length, dilation), math.ceil(length / dilation)

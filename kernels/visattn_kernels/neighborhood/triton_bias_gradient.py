@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..triton_support import Launch, meta
 from ..triton_tiles import power_of_2
+from .triton_bias import box_of_kind, kinds_of_boxes
 from .triton_geometry import axis_of_tile, members_of, window_of
 from .triton_tiling import Tiling, Windows
 
@@ -25,6 +26,8 @@ FAR = 1 << 31
 """Offsets from here on are computed in 64 bits."""
 MOST_BYTES = 1 << 28
 """Gradients of logits in memory at a time; more images than these hold take several turns."""
+MOST_PARTS = 8
+"""Sums that are left of one kind of box."""
 
 
 @triton.jit
@@ -94,42 +97,68 @@ def _folds(pairs: Any, grid: Any, windows: Windows) -> list[tuple[Launch, int]]:
     return folds
 
 
-@triton.jit(
-    do_not_specialize=["Q1", "Q2", "L1", "L2", "D1", "D2", "C1", "C2", "N1", "N2", "heads", "images", "rows", "parts"]
-)
+@triton.jit(do_not_specialize=["images", "rows", "C2", "N2", "left", "right", "whole", "parts", "chunks", "at_once"])
+def na_sum_boxes_kernel(
+    sums, out, images, rows, C2, N2, left, right, whole, parts, chunks, at_once,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Sum the boxes of a kind in a row of boxes, some at once: (images, rows, C2, SIZE) to (kinds, parts, rows,
+    SIZE)."""
+    row = tl.program_id(0) % rows
+    j = tl.program_id(0) // rows % chunks * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(0) // rows // chunks % parts
+    kind = tl.program_id(0) // rows // chunks // parts  # slowest: most sums are of one kind, and many programs run them
+    top = box_of_kind(kind, N2, left, right, whole)
+    beside = tl.where(kind % (left + 1 + right) == left, N2 - left - right, 1)  # alike, side by side
+    groups = tl.where(kind > left + right, C2 // N2 - whole, tl.minimum(C2 // N2, whole))
+    last = tl.minimum(part * at_once + at_once, images * groups * beside)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for start in range(part * at_once, last, STEP):
+        for k in tl.static_range(STEP):  # loads that do not wait for each other
+            i = start + k
+            group = i // beside
+            b = group // groups
+            c = top + (group - b * groups) * N2 + (i - group * beside)
+            at = ((b.to(tl.int64) * rows + row) * C2 + c) * SIZE
+            acc += tl.load(sums + at + j, mask=(i < last) & (j < SIZE), other=0.0).to(tl.float32)
+    to = ((kind * parts + part) * rows + row).to(tl.int64) * SIZE
+    tl.store(out + to + j, acc, mask=j < SIZE)
+
+
+@triton.jit(do_not_specialize=["Q1", "Q2", "L1", "L2", "D1", "D2", "C1", "N1", "N2", "left", "right", "whole", "kinds",
+                               "heads", "at_once"])  # fmt: skip
 def na_fold_boxes_kernel(
-    sums, out, Q1, Q2, L1, L2, D1, D2, C1, C2, N1, N2, heads, images, rows, parts,
+    sums, out, Q1, Q2, L1, L2, D1, D2, C1, N1, N2, left, right, whole, kinds, heads, at_once,
     K1: tl.constexpr, K2: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum some rows of the table's gradient over some boxes, by offset: (images, heads, boxes, SUMS, 8, 16) to (chunks,
-    heads, table)."""
-    head = tl.program_id(0) % heads
-    part = tl.program_id(0) // heads % parts
-    chunk = tl.program_id(0) // heads // parts
-    j = chunk * BLOCK + tl.arange(0, BLOCK)
-    box, local = j // 8, j % 8
-    _, p1, _, _, _, start1, w1 = axis_of_tile(
-        box // C2, N1, D1, Q1, L1, j * 0, T1, K1, S1, 1, 0, CAUSAL1, True, True, True
-    )
-    _, p2, _, _, _, start2, _ = axis_of_tile(
-        box % C2, N2, D2, Q2, L2, local % T2, T2, K2, S2, 1, 0, CAUSAL2, True, True, True
-    )
-    least = p1 - start1 - (K1 - 1) + (3 * T1 // 4) + local // T2  # where a box has the sums of the first offset
-    count = tl.where((box < C1 * C2) & (w1 > 0), w1 + 3 * T1 // 4, 0)
-    column = tl.arange(0, OFFSETS)
-    u = column[None, :] - (K2 - 1) + (p2 - start2)[:, None]
-    seen = (u >= 0) & (u < 16) & (column < 2 * K2 - 1)[None, :]
-    sums += (((head * (C1 * C2) + box).to(tl.int64) * SUMS + least) * 8 + local)[:, None] * 16 + u
-    image = heads.to(tl.int64) * (C1 * C2) * (SUMS * 8 * 16)
-    to = out + (chunk * heads + head) * ((2 * K1 - 1) * (2 * K2 - 1)) + column
-    for row in range(part * rows, tl.minimum(part * rows + rows, 2 * K1 - 1)):
-        there = (least + row >= 0) & (least + row < count)
-        acc = tl.zeros([BLOCK, OFFSETS], tl.float32)
-        for b in range(images):
-            acc += tl.load(sums + (row * 128 + b * image), mask=there[:, None] & seen, other=0.0).to(tl.float32)
-        tl.store(to + row * (2 * K2 - 1), tl.sum(acc, 0), mask=column < 2 * K2 - 1)
+    """Add sums of a kind of boxes, of one column of queries, to the table's gradient, by offset: (kinds, PARTS, heads,
+    C1, SUMS, 8, 16) to (..., kinds, 8, heads, table), which holds zeros."""
+    local = tl.program_id(0) % 8
+    head = tl.program_id(0) // 8 % heads
+    kind = tl.program_id(0) // 8 // heads % kinds
+    some = tl.program_id(0) // 8 // heads // kinds
+    _, p2, _, _, _, start2, w2 = axis_of_tile(
+        box_of_kind(kind, N2, left, right, whole), N2, D2, Q2, L2, local % T2, T2, K2, S2, 1, 0, CAUSAL2, True, True,
+        True,
+    )  # fmt: skip
+    row, u = tl.arange(0, BLOCK), tl.arange(0, 16)
+    acc = tl.zeros([BLOCK, 16], tl.float32)
+    for c in range(some * at_once, tl.minimum(some * at_once + at_once, C1)):
+        _, p1, _, _, _, start1, w1 = axis_of_tile(
+            c, N1, D1, Q1, L1, local // T2, T1, K1, S1, 1, 0, CAUSAL1, True, True, True
+        )
+        least = p1 - start1 - (K1 - 1) + (3 * T1 // 4)  # where a box has the sums of the first offset
+        there = (row < 2 * K1 - 1) & (least + row >= 0) & (least + row < w1 + 3 * T1 // 4) & (w1 > 0) & (w2 > 0)
+        for part in tl.static_range(PARTS):
+            box = ((kind * PARTS + part) * heads + head) * C1 + c
+            at = (((box * SUMS + least).to(tl.int64) * 8 + local) * 16) + (row * 128)[:, None] + u[None, :]
+            acc += tl.load(sums + at, mask=there[:, None], other=0.0)
+    column = u + (K2 - 1) - (p2 - start2)
+    there = (row < 2 * K1 - 1)[:, None] & ((column >= 0) & (column < 2 * K2 - 1))[None, :]
+    to = (((some * kinds + kind) * 8 + local) * heads + head) * ((2 * K1 - 1) * (2 * K2 - 1))
+    tl.store(out + to + (row * (2 * K2 - 1))[:, None] + column[None, :], acc, mask=there)
 
 
 class BiasGradient(NamedTuple):
@@ -167,28 +196,50 @@ def _sum_all(pairs: Tensor, grid: Any, windows: Windows) -> Tensor:
     return pairs
 
 
+class FoldOfBoxes(NamedTuple):
+    """Launches, and shapes of what they leave."""
+
+    sum: Launch
+    summed: tuple[int, int]
+    fold: Launch
+    folded: tuple[int, int]
+
+
 @functools.lru_cache(4096)
-def _fold_of_boxes(pairs: Any, q_grid: Any, grid: Any, windows: Windows, way: Tiling) -> tuple[Launch, tuple[int, int]]:
-    """The launch that sums sums of boxes with this :func:`meta`, and the shape of what it leaves."""
+def _fold_of_boxes(pairs: Any, q_grid: Any, grid: Any, windows: Windows, way: Tiling) -> FoldOfBoxes:
+    """How sums of boxes with this :func:`meta` are summed: first over boxes that stand alike to their windows."""
     images, heads = pairs[0][:2]
     k1, k2 = windows.kernel_size[1:]
-    chunks = triton.cdiv(way.programs * 8, 64)
-    rows = math.ceil(chunks * heads * (2 * k1 - 1) / 2048)  # about as many programs as run at once
-    parts = triton.cdiv(2 * k1 - 1, rows)
-    launch = Launch(
-        na_fold_boxes_kernel, chunks * heads * parts,
-        (*q_grid[1:], *grid[1:], *windows.dilation[1:], *way.counts[1:], *way.tiles[1:], heads, images, rows, parts),
-        {"K1": k1, "K2": k2, "S1": windows.stride[1], "S2": windows.stride[2], "CAUSAL1": windows.is_causal[1],
-         "CAUSAL2": windows.is_causal[2], "T1": way.box[1], "T2": way.box[2], "SUMS": way.sums, "BLOCK": 64,
-         "OFFSETS": power_of_2(2 * k2 - 1)},
+    c1, c2 = way.counts[1:]
+    left, right, whole, kinds, _ = kinds_of_boxes(q_grid[2], grid[2], windows, way)
+    of_kinds = (left, right, whole)
+    size, groups = way.sums * 8 * 16, c2 // way.tiles[2]
+    chunks = triton.cdiv(size, 512)
+    # As many programs as run at once, but few sums for the fold to read.
+    alike = images * max(min(groups, whole), groups - whole) * (way.tiles[2] - left - right)
+    parts = min(MOST_PARTS, triton.cdiv(2048, chunks * heads * c1), triton.cdiv(alike, 8))
+    first = Launch(
+        na_sum_boxes_kernel, heads * c1 * chunks * parts * kinds,
+        (images, heads * c1, c2, way.tiles[2], *of_kinds, parts, chunks, triton.cdiv(alike, parts)),
+        {"SIZE": size, "BLOCK": 512, "STEP": 8}, 2,
     )  # fmt: skip
-    return launch, (chunks, heads * (2 * k1 - 1) * (2 * k2 - 1))
+    at_once = triton.cdiv(8 * heads * kinds * c1, 2048)
+    some = triton.cdiv(c1, at_once)
+    second = Launch(
+        na_fold_boxes_kernel, 8 * heads * kinds * some,
+        (*q_grid[1:], *grid[1:], *windows.dilation[1:], c1, *way.tiles[1:], *of_kinds, kinds, heads, at_once),
+        {"K1": k1, "K2": k2, "S1": windows.stride[1], "S2": windows.stride[2], "CAUSAL1": windows.is_causal[1],
+         "CAUSAL2": windows.is_causal[2], "T1": way.box[1], "T2": way.box[2], "SUMS": way.sums, "PARTS": parts,
+         "BLOCK": power_of_2(2 * k1 - 1)}, 1,
+    )  # fmt: skip
+    folded = (some * kinds * 8, heads * (2 * k1 - 1) * (2 * k2 - 1))
+    return FoldOfBoxes(first, (kinds * parts, heads * c1 * size), second, folded)
 
 
 def _sum_boxes(pairs: Tensor, q_grid: Any, grid: Any, windows: Windows, way: Tiling) -> Tensor:
-    if len(pairs) > 4:
-        pairs = pairs.sum(0, keepdim=True, dtype=torch.float32)
-    launch, shape = _fold_of_boxes(meta(pairs), q_grid, grid, windows, way)
-    sums = torch.empty(shape, dtype=torch.float32, device=pairs.device)
-    launch(pairs, sums)
-    return sums.sum(0)
+    plan = _fold_of_boxes(meta(pairs), q_grid, grid, windows, way)
+    summed = torch.empty(plan.summed, dtype=torch.float32, device=pairs.device)
+    plan.sum(pairs, summed)
+    folded = torch.zeros(plan.folded, dtype=torch.float32, device=pairs.device)
+    plan.fold(summed, folded)
+    return folded.sum(0)

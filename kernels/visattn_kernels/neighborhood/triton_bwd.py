@@ -134,8 +134,9 @@ def backward(
 
 
 def _images_at_a_time(q: Tensor, entries: int, most_bytes: int) -> int:
-    """Images of which `entries` numbers each, in the dtype of `q`, are in memory together."""
-    return max(1, most_bytes // (entries * q.element_size()))
+    """Images of which `entries` numbers each, in the dtype of `q`, are in memory together: as many in all turns."""
+    most = max(1, most_bytes // (entries * q.element_size()))
+    return math.ceil(len(q) / math.ceil(len(q) / most))
 
 
 def _with_embeddings(
