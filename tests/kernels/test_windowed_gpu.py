@@ -79,6 +79,7 @@ CALLS = {
     "halo": halo,
     "halo of two": lambda dtype: halo(dtype, 32, 2),  # whose rows of position terms look aligned to Triton
     "halo, wide heads": lambda dtype: halo(dtype, 64),
+    "halo of many places": lambda dtype: halo(dtype, 40, 5),
     "halo, strided, masked": lambda dtype: halo(dtype, stride=2, mask_outside=True),
 }
 

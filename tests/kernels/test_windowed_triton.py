@@ -204,6 +204,7 @@ def test_windows_equal_the_reference(grid, window, heads, dims, pads):
         ((5, 4), 2, 1, 1, {"stride": 2, "pixel_offsets": False}),
         ((5, 4), 3, 0, 1, {}),
         ((4, 4), 8, 3, 1, {"mask_outside": True}),
+        ((3, 4), 3, 7, 1, {}),  # more than 16 places
     ],
 )
 def test_halo_equals_the_reference(grid, block, halo, options, share):

@@ -214,14 +214,14 @@ def _fold_of_boxes(pairs: Any, q_grid: Any, grid: Any, windows: Windows, way: Ti
     left, right, whole, kinds, _ = kinds_of_boxes(q_grid[2], grid[2], windows, way)
     of_kinds = (left, right, whole)
     size, groups = way.sums * 8 * 16, c2 // way.tiles[2]
-    chunks = triton.cdiv(size, 512)
+    chunks = triton.cdiv(size, 256)
     # As many programs as run at once, but few sums for the fold to read.
     alike = images * max(min(groups, whole), groups - whole) * (way.tiles[2] - left - right)
     parts = min(MOST_PARTS, triton.cdiv(2048, chunks * heads * c1), triton.cdiv(alike, 8))
     first = Launch(
         na_sum_boxes_kernel, heads * c1 * chunks * parts * kinds,
         (images, heads * c1, c2, way.tiles[2], *of_kinds, parts, chunks, triton.cdiv(alike, parts)),
-        {"SIZE": size, "BLOCK": 512, "STEP": 8}, 2,
+        {"SIZE": size, "BLOCK": 256, "STEP": 8}, 1,
     )  # fmt: skip
     at_once = triton.cdiv(8 * heads * kinds * c1, 2048)
     some = triton.cdiv(c1, at_once)

@@ -218,9 +218,11 @@ def query_tiling(
     cuts, steps, widest = _least_work(options, most, 16 if exact else 64 if wide and not large else 32)
     if rel:
         row = power_of_2(windows.kernel_size[2])
-        registers = 168 if dim <= 16 or (dim <= 32 and not backward) else None
-        way = _tiling(q_grid, groups, windows, cuts, Steps(row, row), 1, 3, None if exact else registers)
-        return way._replace(in_registers=not exact)
+        registers = 168 if row == 16 and (dim <= 16 or (dim <= 32 and not backward)) else None
+        way = _tiling(q_grid, groups, windows, cuts, Steps(row, row), 1 if row == 16 else 2, 3, registers)
+        if exact:  # no tensor cores: operands of a product are in registers too, where few threads spill
+            return way._replace(warps=1 if row * dim <= 256 else 4 if row * dim <= 512 else 8, registers=None)
+        return way._replace(in_registers=True)
     if backward and bias and not shared and not wide and _can_sum(windows, groups):
         rows, columns = (4, 8) if windows.kernel_size[2] <= 9 else (8, 4)  # a row of at most 16 keys is a step
         cuts = (cut(1, 0), cut(rows, 1), cut(columns, 2))
