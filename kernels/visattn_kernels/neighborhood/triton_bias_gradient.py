@@ -225,12 +225,13 @@ def _fold_of_boxes(pairs: Any, q_grid: Any, grid: Any, windows: Windows, way: Ti
     )  # fmt: skip
     at_once = triton.cdiv(8 * heads * kinds * c1, 2048)
     some = triton.cdiv(c1, at_once)
+    block = power_of_2(2 * k1 - 1)
     second = Launch(
         na_fold_boxes_kernel, 8 * heads * kinds * some,
         (*q_grid[1:], *grid[1:], *windows.dilation[1:], c1, *way.tiles[1:], *of_kinds, kinds, heads, at_once),
         {"K1": k1, "K2": k2, "S1": windows.stride[1], "S2": windows.stride[2], "CAUSAL1": windows.is_causal[1],
          "CAUSAL2": windows.is_causal[2], "T1": way.box[1], "T2": way.box[2], "SUMS": way.sums, "PARTS": parts,
-         "BLOCK": power_of_2(2 * k1 - 1)}, 1,
+         "BLOCK": block}, min(8, triton.cdiv(block, 64)),
     )  # fmt: skip
     folded = (some * kinds * 8, heads * (2 * k1 - 1) * (2 * k2 - 1))
     return FoldOfBoxes(first, (kinds * parts, heads * c1 * size), second, folded)
