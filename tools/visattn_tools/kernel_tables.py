@@ -13,6 +13,7 @@ OPERATORS = {
     "neighborhood": "neighborhood attention",
     "halo": "halo attention, projections included",
     "window": "window attention",
+    "davit_window": "window attention, projections included",
     "channel_group": "channel-group attention",
 }
 """What ``gpu.py`` measures."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-OPERATORS = ("bi_level_routing", "neighborhood", "window", "channel_group", "halo")
+OPERATORS = ("bi_level_routing", "neighborhood", "window", "davit_window", "channel_group", "halo")
 
 
 Peer = Callable[[], Callable[..., Tensor]]
