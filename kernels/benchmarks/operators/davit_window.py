@@ -18,10 +18,10 @@ from visattn.layers import WindowAttention
 from . import Case
 from .window import SHAPES, Shape
 
-__all__ = ["SHAPES", "Windows", "case"]
+__all__ = ["SHAPES", "TimmWindowAttention", "case"]
 
 
-class Windows(nn.Module):
+class TimmWindowAttention(nn.Module):
     """Timm's window attention of a map (B, H, W, dim), by the functions of its block."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
@@ -43,7 +43,7 @@ def case(shape: Shape, dtype: torch.dtype) -> Case:
     B, heads, dim, H, W, size = shape
     C = heads * dim
     torch.manual_seed(0)
-    ours, theirs = WindowAttention(C, heads, size).cuda(), Windows(C, heads, size).cuda()
+    ours, theirs = WindowAttention(C, heads, size).cuda(), TimmWindowAttention(C, heads, size).cuda()
     x = torch.randn(B, H, W, C, device="cuda").to(dtype)
     names = ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")
     weights = [ours.get_parameter(name).detach().to(dtype) for name in names]

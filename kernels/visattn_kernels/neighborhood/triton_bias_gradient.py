@@ -27,7 +27,7 @@ FAR = 1 << 31
 MOST_BYTES = 1 << 28
 """Gradients of logits in memory at a time; more images than these hold take several turns."""
 MOST_PARTS = 8
-"""Sums that are left of one kind of box."""
+"""Sums of one kind of box in a row of boxes that are left for the fold, at most."""
 
 
 @triton.jit
