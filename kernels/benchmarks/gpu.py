@@ -4,10 +4,10 @@
 
 Before anything is timed, outputs and gradients of all sides are compared: the error of ours against float32 may be
 twice (gradients: three times) that of the first peer, and other peers must agree with it. Times are medians of
-``triton.testing.do_bench`` as a caller sees them; "kernels" is ours as a CUDA graph, without the host's part. Ratios
-are the first peer's time over ours; with ``--kernels`` all sides are timed as graphs and ratios are the fastest
-peer's. The lower bound of forward is the largest of bytes, matrix products and
-exponentials over what the card can do; "x" behind it is our kernels' time over the bound.
+``triton.testing.do_bench`` as a caller sees them; "kernels" is ours as a CUDA graph, without the host's part. With
+``--kernels`` all sides are timed as graphs. Ratios are the fastest peer's time over ours. The lower bound of forward is
+the largest of bytes, matrix products and exponentials over what the card can do; "x" behind it is our kernels' time
+over the bound.
 """
 
 import argparse

@@ -17,7 +17,7 @@ OPERATORS = {
     "channel_group": "channel-group attention",
 }
 """What ``gpu.py`` measures."""
-SHAPES = {"large": ", its last shapes", "bias": ", with biases"}
+SHAPES = {"bias": ", with biases"}
 """Groups of shapes that have a table of their own."""
 PEERS = {
     "gather": "the steps of BiFormer's own code",
@@ -97,9 +97,7 @@ def summary(folder: Path | None = None) -> str:
     for document in documents:
         about, rows = document["about"], document["rows"]
         peers = [PEERS[name] for name in formats.peers(rows)]
-        if formats.suffix(rows) != "_kernels_ms":
-            peers = peers[:1]  # the one that ratios are against
-        elif len(peers) > 1:
+        if len(peers) > 1:
             peers[0] = f"the fastest of {peers[0]}"
         title = OPERATORS[about["operator"]] + SHAPES.get(about.get("shapes", ""), "")
         cells = [title, ", ".join(peers), str(len(rows))]

@@ -17,7 +17,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def peers(rows: list[Row]) -> list[str]:
-    """Who was measured beside ours, in order; ratios are against the first, or the fastest where kernels were timed."""
+    """Who was measured beside ours, in order."""
     keys = dict.fromkeys(key for row in rows for key in row if key.endswith("_fwd_ms"))
     return [name for name in (key.removesuffix("_fwd_ms") for key in keys) if name != "ours"]
 
@@ -29,7 +29,7 @@ def suffix(rows: list[Row]) -> str:
 
 
 def ratio(row: Row, way: str, rows: list[Row]) -> float:
-    """A peer's time over ours.
+    """The fastest peer's time over ours.
 
     Args:
         row: One of `rows`.
@@ -38,7 +38,7 @@ def ratio(row: Row, way: str, rows: list[Row]) -> float:
     """
     end, names = suffix(rows), peers(rows)
     times = [row[f"{name}_{way}{end}"] for name in names if f"{name}_{way}{end}" in row]
-    return (min(times) if end == "_kernels_ms" else row[f"{names[0]}_{way}_ms"]) / row[f"ours_{way}{end}"]
+    return min(times) / row[f"ours_{way}{end}"]
 
 
 def means(rows: list[Row]) -> dict[str, float]:
@@ -49,7 +49,7 @@ def means(rows: list[Row]) -> dict[str, float]:
 def against(rows: list[Row]) -> str:
     """What the ratios are against."""
     names = peers(rows)
-    return "the fastest of them" if suffix(rows) == "_kernels_ms" and len(names) > 1 else f"`{names[0]}`"
+    return "the fastest of them" if len(names) > 1 else f"`{names[0]}`"
 
 
 def _markdown(head: list[str], lines: Iterable[list[str]], left: int = 1) -> str:

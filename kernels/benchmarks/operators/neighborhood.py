@@ -1,13 +1,14 @@
 """Neighborhood attention beside FlexAttention, plain torch and, on small maps, dense attention with a mask.
 
 ``flex`` is compiled FlexAttention with a block mask of the windows. The mask is made beforehand and not timed; tokens
-are sorted into squares of 8 x 8 where the map allows it, so that blocks of 128 tokens hold neighbours, which is timed.
+are sorted by dilation group and in small rectangles, so that blocks of 128 tokens hold neighbours, which is timed.
 ``sdpa`` is torch's dense attention with an additive mask, on maps of up to 1,024 tokens. ``natten`` is NATTEN as it
 chooses its kernels and tiles, where it is installed. ``plain`` is our own reference with recomputation, which works on
 blocks of queries.
 """
 
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ from visattn_kernels import neighborhood_attention
 
 from . import Case, Peer
 
-MAX_DENSE = 1024
+FEW = 1024
+"""Tokens of a map that torch's dense attention takes part on, and that FlexAttention gets in rows."""
 SQUARE = 8
 
 
@@ -53,7 +55,6 @@ _TABLE = [
 SHAPES = {
     "smoke": [Shape(2, 2, 32, 28, 28, 7)],
     "table": _TABLE,
-    "large": _TABLE[7:],  # those whose FlexAttention a short run does not come to
     "bias": [shape._replace(bias=True) for shape in _TABLE],
 }
 
@@ -66,19 +67,47 @@ def window_of(at: Tensor, length: int, shape: Shape) -> tuple[Tensor, Tensor]:
     return group, torch.minimum((leader - shape.kernel // 2).clamp(min=0), n - shape.kernel)
 
 
+class Tiles(NamedTuple):
+    """How FlexAttention's tokens are sorted along an axis: dilation groups, tiles of a group, tokens of a tile."""
+
+    groups: int
+    tiles: int
+    tokens: int
+
+
+def tiles_of(length: int, shape: Shape) -> Tiles:
+    """Tiles of up to 8 neighbours of one group, of a stride's queries where there is one; whole tiles only.
+
+    Maps of few tokens stay in rows: sorting them takes longer than it saves.
+    """
+    groups = shape.dilation if length % shape.dilation == 0 else 1
+    tokens = math.gcd(length // groups, shape.stride if shape.stride > 1 else SQUARE)
+    if shape.height * shape.width <= FEW:
+        tokens = 1
+    return Tiles(groups, length // groups // tokens, tokens)
+
+
+def sorted_tokens(x: Tensor, rows: Tiles, columns: Tiles) -> Tensor:
+    """Maps (B, H, W, ...) as sequences (B, H * W, ...): by group, tile, row and column in the tile."""
+    x = x.unflatten(1, (rows.tiles, rows.tokens, rows.groups))
+    x = x.unflatten(4, (columns.tiles, columns.tokens, columns.groups))
+    return x.movedim((3, 6, 1, 4, 2, 5), (1, 2, 3, 4, 5, 6)).flatten(1, 6)
+
+
+def as_map(x: Tensor, rows: Tiles, columns: Tiles) -> Tensor:
+    """The inverse of :func:`sorted_tokens`."""
+    x = x.unflatten(1, (rows.groups, columns.groups, rows.tiles, columns.tiles, rows.tokens, columns.tokens))
+    x = x.movedim((3, 5, 1, 4, 6, 2), (1, 2, 3, 4, 5, 6))
+    return x.flatten(1, 3).flatten(2, 4)
+
+
 def flex_peer(shape: Shape) -> Callable[..., Tensor]:
-    """FlexAttention on the same maps, its tokens sorted into squares on the way in."""
-    _, heads, dim, H, W, kernel, dilation, _, _ = shape
-    squares = H % SQUARE == 0 and W % SQUARE == 0 and dilation == 1
+    """FlexAttention on the same maps, its tokens sorted on the way in and back on the way out."""
+    H, W, kernel, dilation = shape[3:7]
+    tiles = tiles_of(H, shape), tiles_of(W, shape)
     rows = torch.arange(H, device="cuda")[:, None].expand(H, W)
     columns = torch.arange(W, device="cuda").expand(H, W)
-
-    def sort(x: Tensor) -> Tensor:  # (B, H, W, ...) -> (B, H * W, ...)
-        if squares:
-            return x.unflatten(1, (-1, SQUARE)).unflatten(3, (-1, SQUARE)).transpose(2, 3).flatten(1, 4)
-        return x.flatten(1, 2)
-
-    y, x = sort(rows[None]).reshape(-1), sort(columns[None]).reshape(-1)
+    y, x = (sorted_tokens(at[None], *tiles)[0] for at in (rows, columns))
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         result = None
@@ -90,14 +119,13 @@ def flex_peer(shape: Shape) -> Callable[..., Tensor]:
         assert result is not None
         return result
 
-    mask = torch.compile(create_block_mask)(seen, None, None, H * W, H * W, device="cuda")
+    # Eager, N x N bytes at a time: compiled it takes minutes for some maps.
+    mask = create_block_mask(seen, None, None, H * W, H * W, device="cuda")
     attend = torch.compile(flex_attention, dynamic=False)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attend(*(sort(t).transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
-        if squares:
-            out = out.reshape(-1, H // SQUARE, W // SQUARE, SQUARE, SQUARE, heads, dim).transpose(2, 3)
-        return out.reshape(-1, H, W, heads, dim)
+        out = attend(*(sorted_tokens(t, *tiles).transpose(1, 2) for t in (q, k, v)), block_mask=mask)
+        return as_map(out.transpose(1, 2), *tiles)
 
     return call
 
@@ -156,7 +184,7 @@ def case(shape: Shape, dtype: torch.dtype) -> Case:
     peers: dict[str, Peer] = {}
     if not bias:
         peers["flex"] = lambda: flex_peer(shape)
-        if H * W <= MAX_DENSE:
+        if H * W <= FEW:
             peers["sdpa"] = lambda: dense_peer(shape)
         if importlib.util.find_spec("natten") is not None:
             peers["natten"] = lambda: natten_peer(shape)
