@@ -1,7 +1,8 @@
 """Neighborhood attention beside FlexAttention, plain torch and, on small maps, dense attention with a mask.
 
 ``flex`` is compiled FlexAttention with a block mask of the windows. The mask is made beforehand and not timed; tokens
-are sorted by dilation group and in small rectangles, so that blocks of 128 tokens hold neighbours, which is timed.
+are sorted by dilation group and, on larger maps, in tiles of up to 8 x 8, so that blocks of 128 tokens hold
+neighbours, which is timed.
 ``sdpa`` is torch's dense attention with an additive mask, on maps of up to 1,024 tokens. ``natten`` is NATTEN as it
 chooses its kernels and tiles, where it is installed. ``plain`` is our own reference with recomputation, which works on
 blocks of queries.
@@ -21,8 +22,9 @@ from visattn_kernels import neighborhood_attention
 from . import Case, Peer
 
 FEW = 1024
-"""Tokens of a map that torch's dense attention takes part on, and that FlexAttention gets in rows."""
+"""Tokens of the largest map that dense attention takes part on and whose rows FlexAttention reads as they are."""
 SQUARE = 8
+"""Tokens per side of FlexAttention's tiles."""
 
 
 class Shape(NamedTuple):
@@ -76,14 +78,13 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(length: int, shape: Shape) -> Tiles:
-    """Tiles of up to 8 neighbours of one group, of a stride's queries where there is one; whole tiles only.
+    """Tiles of neighbours of one group, of a stride's queries where there is one; whole groups and tiles only.
 
-    Maps of few tokens stay in rows: sorting them takes longer than it saves.
+    In maps of few tokens groups stay in rows: sorting them further takes longer than it saves.
     """
     groups = shape.dilation if length % shape.dilation == 0 else 1
-    tokens = math.gcd(length // groups, shape.stride if shape.stride > 1 else SQUARE)
-    if shape.height * shape.width <= FEW:
-        tokens = 1
+    small = shape.height * shape.width <= FEW
+    tokens = 1 if small else math.gcd(length // groups, shape.stride if shape.stride > 1 else SQUARE)
     return Tiles(groups, length // groups // tokens, tokens)
 
 
