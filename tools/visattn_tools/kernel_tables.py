@@ -21,7 +21,7 @@ SHAPES = {"bias": ", with biases"}
 """Groups of shapes that have a table of their own."""
 PEERS = {
     "gather": "the steps of BiFormer's own code",
-    "compiled": "those through `torch.compile`",
+    "compiled": "the same through `torch.compile`",
     "flex": "compiled FlexAttention",
     "sdpa": "torch's fused attention",
     "natten": "NATTEN",

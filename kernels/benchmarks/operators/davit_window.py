@@ -1,7 +1,7 @@
 """Our window attention module beside the same part of timm's DaViT block, projections included, with the same weights.
 
-``timm`` pads the map, copies its windows out, attends and copies them back. Bytes and FLOPs of the bound are those of
-the attention and of the projections.
+``timm`` pads the map, copies its windows out, attends and copies them back. The bound counts the bytes of the map and
+of the result, and the FLOPs of the attention and of the projections.
 """
 
 from collections.abc import Callable

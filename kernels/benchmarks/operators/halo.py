@@ -1,6 +1,6 @@
 """Our halo attention module beside timm's, projections included, with the same weights.
 
-Bytes and FLOPs of the bound are those of the attention and of the projections.
+The bound counts the bytes of the map and of the result, and the FLOPs of the attention and of the projections.
 """
 
 from collections.abc import Callable
